@@ -1,0 +1,635 @@
+"""Nemotron Nano VL 8B V1: pictures and text to logits, text and conversations.
+
+tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`) -> rows of the prompt's embeddings
+-> Llama (`language_model`). Module names are the keys of the published checkpoints.
+"""
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LlamaForCausalLM
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+
+from .configuration_nemotron_vl import NemotronVLConfig
+from .image_processing import undo_normalization
+from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .radio_model import RADIOModel
+
+logger = logging.get_logger(__name__)
+
+# Answers that ask for no length get this many tokens, as in the examples of the model card.
+DEFAULT_MAX_NEW_TOKENS = 1024
+# How far outside 0..1 a pixel may lie: rounding of bfloat16 tiles.
+PIXEL_TOLERANCE = 0.01
+
+
+@dataclass
+class NemotronVLOutput(CausalLMOutputWithPast):
+    """Output of the language model, and the features that replaced the image tokens.
+
+    Args:
+        image_hidden_states: `(num_visual_tokens, hidden_size)`, projected features of all images in order; None when
+            the call brought no image.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Trade resolution for channels: each `merge_size` x `merge_size` block of patches becomes one token.
+
+    Channels of a merged token are ordered (row offset, column offset, channel), as the released projector expects.
+
+    Args:
+        features: `(num_tiles, grid_height, grid_width, hidden_size)`.
+        merge_size: side of a block in patches; `1 / downsample_ratio`, 2 in the released model.
+
+    Returns:
+        `(num_tiles, grid_height // merge_size, grid_width // merge_size, hidden_size * merge_size**2)`.
+
+    Raises:
+        ValueError: if a side of the grid is not a multiple of `merge_size`.
+    """
+    num_tiles, grid_height, grid_width, hidden_size = features.shape
+    if grid_height % merge_size or grid_width % merge_size:
+        raise ValueError(
+            f"pixel_shuffle merges {merge_size}x{merge_size} patches, but a tile has {grid_height}x{grid_width} "
+            "patches. Use tiles whose sides are multiples of patch_size / downsample_ratio (32 px in the 8B)."
+        )
+    merged_height, merged_width = grid_height // merge_size, grid_width // merge_size
+    blocks = features.reshape(num_tiles, merged_height, merge_size, merged_width, merge_size, hidden_size)
+    blocks = blocks.permute(0, 1, 3, 2, 4, 5)  # (num_tiles, rows, columns, row offset, column offset, hidden)
+    return blocks.reshape(num_tiles, merged_height, merged_width, merge_size**2 * hidden_size)
+
+
+class NemotronVLPreTrainedModel(PreTrainedModel):
+    """What loading, placing and training need to know about the model."""
+
+    config: NemotronVLConfig
+    config_class = NemotronVLConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # The tower derives these indices from its config; some checkpoints store them as well.
+    _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "NemotronVLPreTrainedModel":
+        """Load a checkpoint; in addition to what transformers does, no weight may be missing or left over.
+
+        Args:
+            pretrained_model_name_or_path: directory or Hub id in NVIDIA's layout.
+            use_flash_attn: what InternVL clients pass; True asks for flash_attention_2 where it is installed.
+            args, kwargs: as for `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights of the model or has others; the message names them.
+        """
+        if kwargs.pop("use_flash_attn", False) and "attn_implementation" not in kwargs:
+            if is_flash_attn_2_available():
+                kwargs["attn_implementation"] = "flash_attention_2"
+            else:
+                logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+        # The caller who asks for the loading info judges it himself.
+        if problems and not wants_info:
+            shown = "; ".join(
+                f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
+            )
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
+                "download is incomplete, or its config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
+
+
+class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the published architecture string
+    """C-RADIOv2 tower, projector and Llama 3.1, with the weights, the config and the `chat()` NVIDIA published.
+
+    Args:
+        config: a `NemotronVLConfig`.
+    """
+
+    def __init__(self, config: NemotronVLConfig):
+        super().__init__(config)
+        self.vision_model = RADIOModel(config.vision_config)
+        self.language_model = LlamaForCausalLM(config.text_config)
+        merged_size = config.vit_hidden_size * config.merge_size**2
+        # nn.Sequential because the published keys are mlp1.0, mlp1.1 and mlp1.3.
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(merged_size),
+            nn.Linear(merged_size, config.projector_hidden_size),
+            nn.GELU(),
+            nn.Linear(config.projector_hidden_size, config.text_config.hidden_size),
+        )
+        self.loss_type = "ForCausalLM"  # transformers 4.57 guesses it from the class name otherwise
+        self.post_init()
+
+    @property
+    def vision_tower(self) -> RADIOModel:
+        """The tower, under the field's usual name."""
+        return self.vision_model
+
+    @property
+    def multi_modal_projector(self) -> nn.Sequential:
+        """The projector, under the field's usual name."""
+        return self.mlp1
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.language_model.set_decoder(decoder)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        image_flags: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Run tiles through tower, pixel shuffle and projector.
+
+        Args:
+            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
+            num_patches: tiles per image, to split the result by image; None splits it by tile.
+            image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
+            kwargs: passed to the tower (`output_hidden_states`, ...).
+
+        Returns:
+            `last_hidden_state`: tower features `(num_tiles, num_patches, vit_hidden_size)`; `pooler_output`: tuple
+            with one `(num_tokens, hidden_size)` per image, ready to replace its image tokens.
+
+        Raises:
+            ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
+        """
+        if image_flags is not None:
+            pixel_values = pixel_values[image_flags.flatten().to(pixel_values.device) == 1]
+        num_tiles, _, height, width = pixel_values.shape
+        tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
+        if sum(tiles_per_image) != num_tiles:
+            raise ValueError(
+                f"num_patches={tiles_per_image} counts {sum(tiles_per_image)} tiles, but pixel_values holds "
+                f"{num_tiles}. Pass both as one processor call returned them."
+            )
+        if num_tiles == 0:
+            return BaseModelOutputWithPooling(pooler_output=())
+        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
+            pixel_values = pixel_values.to(self.vision_model.device)
+        tower = self.vision_model(pixel_values, **kwargs)
+        patch_size = self.config.patch_size
+        merged = self._merge_patches(tower.features, height // patch_size, width // patch_size)
+        features = self._project(merged)
+        tokens_per_tile = features.shape[1]
+        pooler_output = features.flatten(0, 1).split([tiles * tokens_per_tile for tiles in tiles_per_image])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tower.features,
+            pooler_output=pooler_output,
+            hidden_states=tower.hidden_states,
+            attentions=tower.attentions,
+        )
+
+    def _merge_patches(self, features: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
+        """`(num_tiles, patches, vit_hidden_size)` -> `(num_tiles, tokens, vit_hidden_size * merge_size**2)`."""
+        grid = features.unflatten(1, (grid_height, grid_width))
+        merged = pixel_shuffle(grid, self.config.merge_size)
+        if self.config.ps_version == "v1":  # CODEPATH: early InternVL-style exports, whose tokens run down columns
+            merged = merged.transpose(1, 2)
+        return merged.flatten(1, 2)
+
+    def _project(self, merged: torch.Tensor) -> torch.Tensor:
+        # The LayerNorm's weight tells dtype and device: it is never quantised, a Linear's may be.
+        norm = self.mlp1[0].weight
+        return self.mlp1(merged.to(norm.dtype))
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Find the image tokens and check that there is one feature for each.
+
+        Args:
+            input_ids: `(batch_size, sequence_length)`; None compares `inputs_embeds` with the image token's embedding.
+            inputs_embeds: `(batch_size, sequence_length, hidden_size)`.
+            image_features: `(num_visual_tokens, hidden_size)`.
+
+        Returns:
+            bool `(batch_size, sequence_length, hidden_size)`.
+
+        Raises:
+            ValueError: if the two counts differ; the message holds both.
+        """
+        image_token_id = self._image_token_id()
+        if input_ids is None:
+            token = torch.tensor(image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == image_token_id
+        _check_counts(mask.sum(), image_features.shape[0])
+        return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+
+    def _image_token_id(self) -> int:
+        if self.config.image_token_id is None:
+            raise ValueError(
+                "config.img_context_token_id is not set, so the image tokens of a prompt cannot be found. Set it to the "
+                "id of <image>: model.config.img_context_token_id = tokenizer.convert_tokens_to_ids('<image>')."
+            )
+        return self.config.image_token_id
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        image_flags: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> NemotronVLOutput:
+        """Compute logits, and with labels the loss.
+
+        Args:
+            input_ids: `(batch_size, sequence_length)`; one image token per visual token of `pixel_values`.
+            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, all tiles of the batch in prompt order.
+            attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
+            position_ids: `(batch_size, sequence_length)`.
+            image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
+            past_key_values: cache of earlier tokens.
+            inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
+            labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
+            use_cache: return the cache.
+            num_patches: tiles per image, as the processor returns it.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
+            mm_token_type_ids: accepted as processors return it; not needed.
+            logits_to_keep: how many last positions get logits, 0 for all; or the positions.
+
+        Raises:
+            ValueError: if image tokens and features differ in number, or inputs exclude each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+        image_features = None
+        if image_outputs is not None and len(image_outputs.pooler_output):
+            image_features = torch.cat(list(image_outputs.pooler_output))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return NemotronVLOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        pixel_values: torch.Tensor | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        image_flags: torch.Tensor | None = None,
+        visual_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as transformers does: the result holds the prompt and the new tokens.
+
+        Args:
+            inputs: `(batch_size, sequence_length)` prompt ids, also accepted as `input_ids`.
+            generation_config: a `GenerationConfig`; its fields may also be given by name.
+            args: further positional arguments of `GenerationMixin.generate`.
+            pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
+            visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
+                instead of `pixel_values`; only the projector is applied.
+            kwargs: everything `GenerationMixin.generate` takes.
+
+        Raises:
+            ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
+                not fit the context.
+        """
+        if visual_features is not None:
+            projected = self._project(visual_features.to(self.mlp1[0].weight.device))
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(projected))}
+        elif pixel_values is not None:
+            _check_pixel_range(pixel_values)
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            self._check_prompt(input_ids, kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _check_prompt(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        window = self.config.max_sequence_length
+        if input_ids.shape[1] >= window:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens; the context of {window} tokens holds prompt and answer. "
+                "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
+            )
+        # Ids whose images are already in the cache or in the embeddings cannot be counted.
+        counted = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
+        if counted and self.config.image_token_id is not None:
+            image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            features = image_outputs.pooler_output if image_outputs is not None else ()
+            _check_counts((input_ids == self.config.image_token_id).sum(), sum(len(rows) for rows in features))
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeat every sample `expand_size` times for beams and return sequences, its images as a group."""
+        mm_encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None)
+        if mm_encoder_outputs and expand_size > 1:
+            tokens_per_sample = (input_ids == self._image_token_id()).sum(-1).tolist()
+            rows = torch.cat(list(mm_encoder_outputs["image"].pooler_output)).split(tokens_per_sample)
+            repeated = tuple(sample for sample in rows for _ in range(expand_size))
+            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if mm_encoder_outputs:
+            model_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache", True):
+            # The images are in the cache now. transformers 4.57 would pass them to every further step.
+            model_kwargs.pop("mm_encoder_outputs", None)
+        return model_kwargs
+
+    def chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None = None,
+        question: str | Sequence[str] | None = None,
+        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
+        history: Sequence[Any] | None = None,
+        return_history: bool = False,
+        num_patches: torch.Tensor | Sequence[Any] | None = None,
+        IMG_START_TOKEN: str = "<img>",
+        IMG_END_TOKEN: str = "</img>",
+        IMG_CONTEXT_TOKEN: str = "<image>",
+        verbose: bool = False,
+        visual_features: torch.Tensor | None = None,
+        system_prompt: str | None = None,
+        *,
+        num_patches_list: torch.Tensor | Sequence[Any] | None = None,
+        streamer: Any | None = None,
+        truncation: str | None = None,
+    ) -> Any:
+        """Answer a question, or a batch of them, about images or text.
+
+        `<image>` in the question and in the questions of the history is the place of an image, one per image in
+        order. A first question without any gets `<image>` and a line feed in front, once per image. All other
+        control tokens in the texts are plain text. Nothing is stored on the model, nothing of the caller's changes.
+
+        Args:
+            tokenizer: the checkpoint's tokenizer, or its processor.
+            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1: the tiles of all images, those of the history
+                first; None for text only.
+            question: one question, or a list for a batch.
+            generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
+            history: earlier `(question, answer)` pairs, for a batch one list per question.
+            return_history: also return the history with this turn appended.
+            num_patches: tiles per image; None takes all tiles as one image. For a batch either flat, shared out by
+                the placeholders (one image each when there are none), or one list per question.
+            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
+            verbose: log the prompt, with the image tokens left out.
+            visual_features: see `generate`; instead of `pixel_values`.
+            system_prompt: text of a system block in front.
+            num_patches_list: InternVL's name of `num_patches`.
+            streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
+            truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
+                answer fit the context, and says so; None raises instead.
+
+        Returns:
+            the answer; with `return_history` `(answer, history)`; for a batch lists of them.
+
+        Raises:
+            ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
+                fit the context; the message holds the numbers and the remedy.
+        """
+        if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != ("<img>", "</img>", "<image>"):
+            raise ValueError(
+                f"The image tokens of this model are <img>, </img> and <image>, not {IMG_START_TOKEN}, "
+                f"{IMG_END_TOKEN} and {IMG_CONTEXT_TOKEN}. Leave these arguments out."
+            )
+        if truncation not in (None, "oldest_turns"):
+            raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        options, extra_options = self._generation_options(tokenizer, generation_config)
+        tiles = visual_features if visual_features is not None else pixel_values
+        prompts = build_chat_prompts(
+            tokenizer,
+            question,
+            history=history,
+            num_tiles=0 if tiles is None else len(tiles),
+            num_patches=num_patches if num_patches is not None else num_patches_list,
+            tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
+            image_token_id=self._chat_image_token_id(tokenizer),
+            image_tag_type=self.config.image_tag_type,
+            # InternVL clients set their system prompt on the model.
+            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
+            max_length=self.config.max_sequence_length - options.max_new_tokens if truncation else None,
+        )
+        if tiles is not None:
+            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
+        if verbose:
+            logger.warning("\n".join(prompt.text for prompt in prompts))
+        answers = self._answer(
+            tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
+        )
+        results = [
+            (answer, [*prompt.history, (prompt.question, answer)]) if return_history else answer
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        if isinstance(question, str):
+            return results[0]
+        return tuple(map(list, zip(*results, strict=True))) if return_history else results
+
+    def _generation_options(
+        self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Return a fresh `GenerationConfig` with the chat's defaults, and what of a dict does not belong into one."""
+        if isinstance(generation_config, GenerationConfig):
+            options, given = copy.deepcopy(generation_config), {}
+        else:
+            options, given = copy.deepcopy(self.generation_config), dict(generation_config or {})
+            options.eos_token_id = tokenizer.eos_token_id
+        extra_options = options.update(**given)
+        if options.eos_token_id is None:
+            options.eos_token_id = tokenizer.eos_token_id
+        if options.pad_token_id is None:
+            pad, eos = tokenizer.pad_token_id, options.eos_token_id
+            options.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
+        if options.max_new_tokens is None:
+            options.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+        if (options.num_return_sequences or 1) > 1:
+            raise ValueError(
+                f"chat() gives one answer per question, but num_return_sequences={options.num_return_sequences}. "
+                "Call generate() for several."
+            )
+        return options, extra_options
+
+    def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
+        if visual_features is not None:
+            return visual_features.shape[1]
+        if pixel_values is None:
+            return self.config.num_image_tokens_per_tile
+        height, width = pixel_values.shape[-2:]
+        side = self.config.patch_size * self.config.merge_size
+        if height % side or width % side:
+            raise ValueError(
+                f"pixel_values holds tiles of {height}x{width} px, whose sides are not multiples of {side} px. Cut "
+                f"tiles of {self.config.force_image_size} px with this checkpoint's image processor."
+            )
+        return (height // side) * (width // side)
+
+    def _chat_image_token_id(self, tokenizer: Any) -> int:
+        token_id = image_token_id_of(tokenizer)
+        if self.config.image_token_id not in (None, token_id):
+            raise ValueError(
+                f"The tokenizer's <image> has id {token_id}, but config.img_context_token_id is "
+                f"{self.config.image_token_id}. Load tokenizer and model from the same checkpoint."
+            )
+        return token_id
+
+    def _answer(
+        self,
+        tokenizer: Any,
+        prompts: list[ChatPrompt],
+        options: GenerationConfig,
+        streamer: Any | None,
+        tiles: torch.Tensor | None,
+        tiles_are_features: bool,
+        extra_options: dict[str, Any],
+    ) -> list[str]:
+        """Generate for left-padded prompts and decode each answer up to its end token."""
+        width = max(len(prompt.input_ids) for prompt in prompts)
+        room = self.config.max_sequence_length - width
+        if 0 < room < options.max_new_tokens:
+            logger.warning(
+                f"max_new_tokens={options.max_new_tokens} is cut to {room}: the prompt has {width} tokens and the "
+                f"context of {self.config.max_sequence_length} holds prompt and answer."
+            )
+            options.max_new_tokens = room
+        paddings = [width - len(prompt.input_ids) for prompt in prompts]
+        pad = options.pad_token_id
+        ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
+        mask = [[0] * n + [1] * (width - n) for n in paddings]
+        device = self.get_input_embeddings().weight.device
+        device = self.device if device.type == "meta" else device
+        images = {"visual_features" if tiles_are_features else "pixel_values": tiles} if tiles is not None else {}
+        output = self.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=options,
+            streamer=streamer,
+            **images,
+            **extra_options,
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        ends = set(options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id])
+        answers = []
+        for new_ids in sequences[:, width:].tolist():
+            end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
+            answers.append(tokenizer.decode(new_ids[:end], skip_special_tokens=False).strip())
+        return answers
+
+
+def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
+    """Raise if the prompt's image tokens and the images' features differ in number."""
+    message = (
+        "The prompt has {} image tokens, but the images give {} features. Build input_ids and pixel_values with the "
+        "same processor call, and pass the images of every <image> in the prompt."
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(num_placeholders == num_features, message.format("a different number of", num_features))
+    elif int(num_placeholders) != num_features:
+        raise ValueError(message.format(int(num_placeholders), num_features))
+
+
+def _check_pixel_range(pixel_values: torch.Tensor) -> None:
+    """Raise for tiles that are not plain RGB in 0..1: the tower normalises by itself."""
+    if pixel_values.numel() == 0:
+        return
+    low, high = (float(value) for value in pixel_values.aminmax())
+    if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
+        raise ValueError(
+            f"pixel_values lie in {low:.3f}..{high:.3f}, but this model takes RGB in 0..1 and normalises by itself. "
+            "Use this checkpoint's image processor, or undo the normalisation of tiles made elsewhere: "
+            f"{undo_normalization.__module__.rsplit('.', 1)[-1]}.{undo_normalization.__name__}(pixel_values)."
+        )
+
+
+Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

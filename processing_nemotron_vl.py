@@ -1,0 +1,748 @@
+"""From messages and pictures to prompt ids and tiles: the text half of Nemotron Nano VL, and its `AutoProcessor`.
+
+A prompt is rendered by the tokenizer's chat template, its `<image>` placeholders are expanded to the tiles of their
+pictures, and the ids are put together piece by piece: image runs are spliced in as numbers, text is tokenised once.
+
+User text is data. Before a conversation is rendered, every control token inside it (`<image>`, `<|eot_id|>`, ...) is
+split by a marker character, and the prompt is tokenised between the markers, so that no text can forge a turn, an
+image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` both go this way.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_processing import NemotronVLImageProcessor
+
+logger = logging.get_logger(__name__)
+
+IMAGE_TOKEN = "<image>"
+IMAGE_START_TOKEN = "<img>"
+IMAGE_END_TOKEN = "</img>"
+
+# Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
+PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
+
+TEXT_OPTIONS = (
+    "padding",
+    "truncation",
+    "max_length",
+    "padding_side",
+    "pad_to_multiple_of",
+    "add_special_tokens",
+    "return_mm_token_type_ids",
+    "return_tensors",
+)
+IMAGE_OPTIONS = (
+    "image_size",
+    "max_num_tiles",
+    "use_thumbnail",
+    "upscale",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+    "device",
+)
+CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", "images_kwargs", "text_kwargs", "common_kwargs")
+
+
+class PromptIds(NamedTuple):
+    """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if not asked for)."""
+
+    input_ids: list[int]
+    starts: list[int] | None
+
+
+def strings_in(data: Any) -> Iterator[str]:
+    """Yield every string inside nested dicts, lists and tuples."""
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict):
+        yield from strings_in(list(data.values()))
+    elif isinstance(data, (list, tuple)):
+        for item in data:
+            yield from strings_in(item)
+
+
+class ControlTokenGuard:
+    """Splits the control tokens inside user text, so that tokenising it cannot yield them.
+
+    Args:
+        tokenizer: its added tokens are the control tokens.
+        data: everything the user wrote, nested as it may be; the marker is a character that does not occur in it.
+    """
+
+    def __init__(self, tokenizer: Any, data: Any):
+        used = set().union(*map(set, strings_in(data)))
+        self.marker = next(chr(code) for code in PRIVATE_USE_CHARACTERS if chr(code) not in used)
+        tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    def protect(self, data: Any, keep_image_token: bool = False) -> Any:
+        """Return `data` with a marker after the first character of every control token in its strings.
+
+        Args:
+            data: a string, or nested dicts and lists of strings; other values pass unchanged. Dict keys are not text.
+            keep_image_token: leave `<image>` whole: it is a placeholder here.
+        """
+        if isinstance(data, str):
+            return (
+                self._pattern.sub(lambda match: self._split(match.group(), keep_image_token), data)
+                if self._pattern
+                else data
+            )
+        if isinstance(data, dict):
+            return {key: self.protect(value, keep_image_token) for key, value in data.items()}
+        if isinstance(data, (list, tuple)):
+            return [self.protect(item, keep_image_token) for item in data]
+        return data
+
+    def _split(self, token: str, keep_image_token: bool) -> str:
+        if keep_image_token and token == IMAGE_TOKEN:
+            return token
+        return token[0] + self.marker + token[1:]
+
+
+def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> list[str | int]:
+    """Spell one image of a prompt: strings are text, integers are counts of the image token.
+
+    Args:
+        num_tiles: tiles of the image, the thumbnail included.
+        tokens_per_tile: visual tokens of a tile, 256 for 512 px.
+        image_tag_type: "internvl": `<img>`, all tokens, `</img>`. "nvlm": every tile behind a tag of its own, the
+            last being the global thumbnail.
+
+    Raises:
+        ValueError: for an unknown `image_tag_type`.
+    """
+    if image_tag_type == "internvl":
+        return [IMAGE_START_TOKEN, num_tiles * tokens_per_tile, IMAGE_END_TOKEN]
+    if image_tag_type != "nvlm":
+        raise ValueError(f"image_tag_type must be 'internvl' or 'nvlm', got {image_tag_type!r}.")
+    run: list[str | int] = ["<Image>"]
+    for tile in range(1, num_tiles):
+        run += [f"<tile_{tile}>", tokens_per_tile]
+    return [*run, "<tile_global_thumbnail>", tokens_per_tile, "</Image>"]
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str,
+    image_runs: Sequence[list[str | int]],
+    image_token_id: int,
+    marker: str | None = None,
+    return_starts: bool = False,
+) -> PromptIds:
+    """Tokenise a rendered prompt without adding special tokens, each `<image>` replaced by its run.
+
+    Args:
+        tokenizer: a tokenizer with the image tokens.
+        prompt: rendered text; `<image>` stands for one whole image.
+        image_runs: one run per placeholder, in order, from `image_run`.
+        image_token_id: id that fills the runs.
+        marker: the character of a `ControlTokenGuard`; the text on its two sides is tokenised apart.
+        return_starts: also tell where in `prompt` each id starts; needs a fast tokenizer.
+
+    Raises:
+        ValueError: if the number of placeholders differs from the number of runs; the message holds both.
+    """
+    num_placeholders = prompt.count(IMAGE_TOKEN)
+    if num_placeholders != len(image_runs):
+        raise ValueError(
+            f"The prompt has {num_placeholders} {IMAGE_TOKEN} placeholders but {len(image_runs)} images were given. "
+            "Write one placeholder per image, in the order of the images."
+        )
+    ids: list[int] = []
+    starts: list[int] = []
+    text: list[tuple[str, int, bool]] = []  # (piece, start in prompt, piece is spelled out in prompt)
+
+    def flush() -> None:
+        whole = "".join(piece for piece, _, _ in text)
+        if return_starts and whole:
+            encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            origins = [start + i * spelled for piece, start, spelled in text for i in range(len(piece))]
+            ids.extend(encoding["input_ids"])
+            starts.extend(origins[min(offset, len(origins) - 1)] for offset, _ in encoding["offset_mapping"])
+        elif whole:
+            ids.extend(tokenizer.encode(whole, add_special_tokens=False))
+        text.clear()
+
+    runs = iter(image_runs)
+    position = 0
+    boundary = re.escape(IMAGE_TOKEN) + (f"|{re.escape(marker)}" if marker else "")
+    for match in re.finditer(boundary, prompt):
+        text.append((prompt[position : match.start()], position, True))
+        position = match.end()
+        if match.group() == marker:
+            flush()
+            continue
+        for piece in next(runs):
+            if isinstance(piece, str):
+                text.append((piece, match.start(), False))
+            else:
+                flush()
+                ids.extend([image_token_id] * piece)
+                starts.extend([match.start()] * piece)
+    text.append((prompt[position:], position, True))
+    flush()
+    return PromptIds(ids, starts if return_starts else None)
+
+
+def image_token_id_of(tokenizer: Any) -> int:
+    """Return the tokenizer's id of `<image>`.
+
+    Raises:
+        ValueError: if the tokenizer has no such token.
+    """
+    token_id = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
+    if token_id is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no {IMAGE_TOKEN} token. Load the tokenizer of a Nemotron "
+            "Nano VL checkpoint; a plain Llama tokenizer lacks the image tokens."
+        )
+    return token_id
+
+
+def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tuple[str, list[Any]]:
+    """Turn the content of a message into one string with `<image>` placeholders, and its images.
+
+    An image stands on a line of its own, as in training: a line feed follows it unless the text brings one.
+
+    Args:
+        content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
+            the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
+        guard: protects the text; None leaves it as it is.
+
+    Returns:
+        the string, and one picture per image part (None where the part carries none).
+
+    Raises:
+        ValueError: for a part of another type; nothing is dropped.
+    """
+    parts = [content or ""] if content is None or isinstance(content, str) else content
+    text, images, after_image = "", [], False
+    for part in parts:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type")
+        if kind == "text":
+            piece = guard.protect(part["text"]) if guard else part["text"]
+        elif kind in ("image", "image_url"):
+            piece = IMAGE_TOKEN
+            images.append(_picture_of(part))
+        else:
+            raise ValueError(
+                f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
+                "Send a PDF page or a video frame as an image."
+            )
+        text += "\n" + piece if after_image and not piece.startswith("\n") else piece
+        after_image = kind != "text"
+    return text, images
+
+
+def _picture_of(part: dict[str, Any]) -> Any:
+    if part["type"] == "image_url":
+        url = part["image_url"]
+        return url["url"] if isinstance(url, dict) else url
+    return next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
+
+
+@dataclass
+class ChatPrompt:
+    """One question of `chat()`, ready to generate from.
+
+    Args:
+        input_ids: the whole prompt.
+        tiles: indices of the tiles it uses, in prompt order.
+        question: the question as it goes into the history, with its placeholders.
+        history: earlier `(question, answer)` pairs that are part of the prompt.
+        text: the rendered prompt, one `<image>` per image.
+    """
+
+    input_ids: list[int]
+    tiles: list[int]
+    question: str
+    history: list[tuple[str, str]]
+    text: str
+
+
+def build_chat_prompts(
+    tokenizer: Any,
+    question: str | Sequence[str],
+    *,
+    history: Sequence[Any] | None,
+    num_tiles: int,
+    num_patches: Any,
+    tokens_per_tile: int,
+    image_token_id: int,
+    image_tag_type: str,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+) -> list[ChatPrompt]:
+    """Turn the arguments of `chat()` into one prompt per question.
+
+    Args:
+        tokenizer: with a chat template and the image tokens.
+        question: one question or a batch; `<image>` marks the place of an image.
+        history: `(question, answer)` pairs, for a batch one list per question.
+        num_tiles: tiles given, over all images.
+        num_patches: tiles per image, flat or one list per question; None: all tiles are one image.
+        tokens_per_tile: visual tokens of a tile.
+        image_token_id: id of `<image>`.
+        image_tag_type: see `image_run`.
+        system_prompt: text of a system block.
+        max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
+
+    Raises:
+        ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
+        TypeError: if question or history have another form.
+    """
+    questions = [question] if isinstance(question, str) else question
+    if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(q, str) for q in questions):
+        raise TypeError(f"question must be a string or a non-empty list of strings, got {question!r}.")
+    histories = [history] if isinstance(question, str) else history or [None] * len(questions)
+    if len(histories) != len(questions):
+        raise ValueError(f"{len(questions)} questions need as many histories, got {len(histories)}.")
+    turns = [_check_history(pairs) for pairs in histories]
+    tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
+    prompts, first_tile = [], 0
+    for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
+        if not pairs and IMAGE_TOKEN not in text:
+            text = f"{IMAGE_TOKEN}\n" * len(tile_counts) + text
+        spans = []
+        for count in tile_counts:
+            spans.append(range(first_tile, first_tile + count))
+            first_tile += count
+        while True:
+            messages = _chat_messages(text, pairs, system_prompt)
+            guard = ControlTokenGuard(tokenizer, messages)
+            safe = [
+                {**message, "content": guard.protect(message["content"], message["role"] == "user")}
+                for message in messages
+            ]
+            rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+            runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans]
+            ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
+            if max_length is None or len(ids) <= max_length or not pairs:
+                break
+            num_images = pairs[0][0].count(IMAGE_TOKEN)
+            logger.warning(
+                f"The prompt has {len(ids)} tokens, the context leaves {max_length}: the oldest turn is dropped, "
+                f"with its {num_images} images: {pairs[0][0][:60]!r}."
+            )
+            pairs, spans = pairs[1:], spans[num_images:]
+        tiles = [tile for span in spans for tile in span]
+        prompts.append(ChatPrompt(ids, tiles, text, pairs, rendered.replace(guard.marker, "")))
+    return prompts
+
+
+def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    for earlier_question, answer in pairs:
+        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _check_history(history: Sequence[Any] | None) -> list[tuple[str, str]]:
+    pairs = list(history or [])
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise TypeError(f"history must be a list of (question, answer) pairs of strings, got the entry {pair!r}.")
+    return [(earlier_question, answer) for earlier_question, answer in pairs]
+
+
+def _tiles_per_image(
+    num_patches: Any, num_tiles: int, questions: Sequence[str], turns: list[list[tuple[str, str]]]
+) -> list[list[int]]:
+    """Share the images out to the questions: one list of tile counts per question."""
+    counts = num_patches.tolist() if hasattr(num_patches, "tolist") else num_patches
+    if counts is None:
+        counts = [num_tiles] if num_tiles else []
+    if any(isinstance(count, (list, tuple)) for count in counts):
+        shared = [[int(count) for count in own] for own in counts]
+    else:
+        counts = [int(count) for count in counts]
+        needed = [
+            sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs) + text.count(IMAGE_TOKEN)
+            for text, pairs in zip(questions, turns, strict=True)
+        ]
+        if not any(needed) and not any(turns):  # placeholders will be put in front
+            needed = [len(counts)] if len(questions) == 1 else [1] * len(questions) if counts else needed
+        if sum(needed) != len(counts):
+            raise ValueError(
+                f"The questions and their history have {sum(needed)} {IMAGE_TOKEN} placeholders but {len(counts)} "
+                "images were given. Write one placeholder per image, and pass the images of earlier turns again."
+            )
+        images = iter(counts)
+        shared = [[next(images) for _ in range(number)] for number in needed]
+    total = sum(count for own in shared for count in own)
+    if len(shared) != len(questions) or total != num_tiles:
+        raise ValueError(
+            f"num_patches={counts} describes {total} tiles of {len(shared)} questions, but {num_tiles} tiles and "
+            f"{len(questions)} questions were given. Pass pixel_values and num_patches as the image processor "
+            "returned them."
+        )
+    return shared
+
+
+class NemotronVLProcessor(ProcessorMixin):
+    """Joins the image processor and the tokenizer of a Nemotron Nano VL checkpoint.
+
+    Args:
+        image_processor: a `NemotronVLImageProcessor`.
+        tokenizer: the checkpoint's tokenizer, with the image tokens.
+        chat_template: Jinja template; defaults to the tokenizer's.
+        image_tag_type: how an image is spelled in the prompt, the `image_tag_type` of the model's config.
+
+    Raises:
+        ValueError: if the tokenizer has no `<image>` token.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_tag_type: str = "internvl",
+    ):
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = image_token_id_of(tokenizer)
+        self.image_tag_type = image_tag_type
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:
+        """Load both halves by our own classes: an `auto_map` in their files is never followed."""
+        kwargs.pop("trust_remote_code", None)
+        return [
+            NemotronVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs),
+        ]
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile: 256 for 512 px."""
+        processor = self.image_processor
+        return (processor.image_size // round(processor.patch_size / processor.downsample_ratio)) ** 2
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        """Ids that belong to an image: the visual token, its start and its end."""
+        return [self.image_token_id, *self.tokenizer.convert_tokens_to_ids([IMAGE_START_TOKEN, IMAGE_END_TOKEN])]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        audios: Any = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenise rendered prompts and cut their images into tiles.
+
+        `text` is trusted: it is a prompt that the chat template has rendered, in which control tokens are control
+        tokens. For text of users, call `apply_chat_template(..., tokenize=True)`.
+
+        Args:
+            images: one image, a flat list over the whole batch in the order of the placeholders, or one list per
+                text; anything the image processor takes.
+            text: one prompt or a batch, each with one `<image>` per image.
+            videos, audio, audios: must be empty; the 8B V1 has no prompt format for them.
+            kwargs: options of the image processor (`max_num_tiles`, ...), of the tokenizer (`padding`,
+                `max_length`, ...), `return_tensors`, `return_mm_token_type_ids`; also nested as `images_kwargs`,
+                `text_kwargs` and `common_kwargs`.
+
+        Returns:
+            `input_ids` and `attention_mask` (left-padded when padded; a bos token is added if the prompt has none),
+            with images `pixel_values` and `num_patches`, on request `mm_token_type_ids` (1 for visual tokens).
+
+        Raises:
+            ValueError: if placeholders and images differ in number, for videos or audio, or if a truncation would
+                cut an image.
+            TypeError: for an unknown option.
+        """
+        for name, value in {"videos": videos, "audio": audio, "audios": audios}.items():
+            if value is not None and len(value):
+                raise ValueError(f"This model takes no {name}; send the frames of a video as images.")
+        texts = [text] if isinstance(text, str) else text
+        data, return_tensors, _ = self._encode(images, texts, kwargs)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _encode(
+        self,
+        images: Any,
+        texts: Sequence[str] | None,
+        options: dict[str, Any],
+        marker: str | None = None,
+        return_starts: bool = False,
+    ) -> tuple[dict[str, Any], str | None, list[list[int]]]:
+        """Do what `__call__` says, and also return `return_tensors` and where in its text each id starts."""
+        images_kwargs, text_kwargs = self._split_options(options)
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        data: dict[str, Any] = {}
+        starts: list[list[int]] = []
+        flat_images, images_per_text = flatten_images(images)
+        if images is not None:
+            data.update(self.image_processor(flat_images, **images_kwargs))
+        if texts is not None:
+            add_bos = text_kwargs.pop("add_special_tokens", True)
+            num_tiles = list(data.get("num_patches", []))
+            prompts = self._encode_texts(texts, num_tiles, images_per_text, add_bos, marker, return_starts)
+            encoded, starts = self._pad(prompts, **text_kwargs)
+            data = {**encoded, **data}
+        return data, return_tensors, starts
+
+    def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sort call options into those of the image processor and those of the text; nested ones win."""
+        flat = {**options.get("common_kwargs", {}), **options}
+        nested = {name: flat.pop(name, {}) for name in ("common_kwargs", "images_kwargs", "text_kwargs")}
+        text_kwargs = {name: flat.pop(name) for name in TEXT_OPTIONS if name in flat} | nested["text_kwargs"]
+        unknown = [name for name in text_kwargs if name not in TEXT_OPTIONS]
+        if unknown:
+            raise TypeError(f"Unknown text options {unknown}; known are {', '.join(TEXT_OPTIONS)}.")
+        return flat | nested["images_kwargs"], text_kwargs
+
+    def _encode_texts(
+        self,
+        texts: Sequence[str],
+        num_tiles: list[int],
+        images_per_text: list[int] | None,
+        add_bos: bool,
+        marker: str | None,
+        return_starts: bool,
+    ) -> list[PromptIds]:
+        counts = [text.count(IMAGE_TOKEN) for text in texts]
+        if sum(counts) != len(num_tiles) or images_per_text not in (None, counts):
+            raise ValueError(
+                f"The prompts have {counts} {IMAGE_TOKEN} placeholders but {images_per_text or len(num_tiles)} images "
+                "were given. Write one placeholder per image, in the order of the images."
+            )
+        bos = self._bos_ids() if add_bos else []
+        runs = iter([image_run(int(tiles), self.tokens_per_tile, self.image_tag_type) for tiles in num_tiles])
+        prompts = []
+        for text, count in zip(texts, counts, strict=True):
+            text_runs = [next(runs) for _ in range(count)]
+            ids, starts = encode_prompt(self.tokenizer, text, text_runs, self.image_token_id, marker, return_starts)
+            prefix = bos if ids[: len(bos)] != bos else []
+            prompts.append(PromptIds(prefix + ids, None if starts is None else [0] * len(prefix) + starts))
+        return prompts
+
+    def _bos_ids(self) -> list[int]:
+        """What the tokenizer puts before a plain text: the bos token, or nothing."""
+        return [token for token in self.tokenizer("")["input_ids"] if token == self.tokenizer.bos_token_id][:1]
+
+    def _pad(
+        self,
+        prompts: list[PromptIds],
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        return_mm_token_type_ids: bool = False,
+    ) -> tuple[dict[str, Any], list[list[int]]]:
+        limit = (max_length or self.tokenizer.model_max_length) if truncation else None
+        for ids, _ in prompts:
+            if limit is not None and self.image_token_id in ids[limit:]:
+                raise ValueError(
+                    f"Truncation to {limit} tokens would cut an image out of a prompt of {len(ids)} tokens. Use fewer "
+                    "images, a smaller max_num_tiles, or a larger max_length."
+                )
+        encoded = self.tokenizer.pad(
+            {"input_ids": [ids[:limit] for ids, _ in prompts]},
+            padding=padding,
+            max_length=max_length,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_attention_mask=True,
+        )
+        data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in data["input_ids"]]
+        starts = []
+        for (_, prompt_starts), padded in zip(prompts, data["input_ids"], strict=True):
+            kept = (prompt_starts or [])[:limit]
+            padding_starts = [-1] * (len(padded) - len(kept))  # in no span
+            starts.append(padding_starts + kept if padding_side == "left" else kept + padding_starts)
+        return data, starts
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tools: list[Any] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render one conversation or a batch, and with `tokenize=True` encode it together with its images.
+
+        With `tokenize=True` control tokens inside the texts are plain text and cannot forge turns or images. With
+        `tokenize=False` they are passed on as they are, for the caller to judge.
+
+        Args:
+            conversation: messages with `role` and `content`; content is a string or a list of text and image parts
+                (see `flatten_content`).
+            chat_template: a template, or the name of one; defaults to the processor's.
+            tools, documents: passed to the template.
+            add_generation_prompt: end with the header of the assistant's answer.
+            continue_final_message: leave the last message open.
+            return_assistant_tokens_mask: also return `assistant_masks`, 1 for the tokens of assistant messages; needs
+                `return_dict=True` and a template with `{% generation %}`, as the shipped one has.
+            tokenize: return ids instead of text.
+            return_tensors: "pt" or "np" tensors.
+            return_dict: return everything the model takes; otherwise only `input_ids`.
+            processor_kwargs: options of `__call__` (`padding`, `max_num_tiles`, ...).
+            kwargs: options of `__call__` by name, all others are variables of the template.
+
+        Returns:
+            the rendered text, or `input_ids`, or a `BatchFeature`; lists of them for a batch.
+
+        Raises:
+            ValueError: for an unknown content part, or when placeholders and images differ in number.
+        """
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        conversations = list(conversation) if batched else [conversation]
+        variables = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
+        options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
+        guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
+        flattened = [_flatten_conversation(messages, guard) for messages in conversations]
+        if guard:
+            tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
+        prompts, assistant_spans = render_jinja_template(
+            conversations=[messages for messages, _ in flattened],
+            tools=tools,
+            documents=documents,
+            chat_template=self._resolve_template(chat_template),
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{**self.tokenizer.special_tokens_map, **variables},
+        )
+        if guard is None:
+            return prompts if batched else prompts[0]
+        images = options.pop("images", None)
+        if any(pictures for _, pictures in flattened):
+            images = [pictures for _, pictures in flattened]
+        options = {"return_tensors": return_tensors, **options, "add_special_tokens": False}
+        data, return_tensors, starts = self._encode(
+            images, prompts, options, guard.marker, return_assistant_tokens_mask
+        )
+        if return_assistant_tokens_mask:
+            data["assistant_masks"] = [
+                [int(any(begin <= start < end for begin, end in spans)) for start in text_starts]
+                for text_starts, spans in zip(starts, assistant_spans, strict=True)
+            ]
+        out = BatchFeature(data, tensor_type=return_tensors)
+        return out if return_dict else out["input_ids"]
+
+    def _resolve_template(self, chat_template: str | None) -> str:
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = named.get(chat_template or "default", chat_template)
+        if template is None:
+            raise ValueError(
+                "Neither the processor nor its tokenizer has a chat template. Load a directory with a "
+                "chat_template.jinja, or pass chat_template=..."
+            )
+        return template
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """Spell image number `image_idx` of the image processor's output as prompt text."""
+        run = image_run(int(image_inputs["num_patches"][image_idx]), self.tokens_per_tile, self.image_tag_type)
+        return "".join(piece if isinstance(piece, str) else IMAGE_TOKEN * piece for piece in run)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Iterable[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Count tiles and prompt tokens of images from their (height, width) in pixels, start and end tokens included."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [
+            self.image_processor.get_number_of_image_patches(height, width, kwargs) for height, width in image_sizes
+        ]
+        return MultiModalData(
+            num_image_tokens=[2 + self.tokens_per_tile * num_tiles for num_tiles in tiles], num_image_patches=tiles
+        )
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Save image processor, tokenizer and template so that transformers 4.57 and 5 read them alike."""
+        files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
+        # transformers 5 nests the image processor inside processor_config.json, which 4.57 and servers do not read.
+        self.image_processor.save_pretrained(save_directory)
+        spell_for_every_version(Path(save_directory) / "tokenizer_config.json")
+        if push_to_hub:
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
+
+def spell_for_every_version(tokenizer_config: Path) -> None:
+    """Rewrite a tokenizer_config.json saved by transformers 5 in the words that 4.57 knows as well."""
+    config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """Flatten one image, a list, or one list per text.
+
+    Returns:
+        the images in order, and how many belong to each text (None for one image or a flat list).
+    """
+    if images is None:
+        return [], None
+    if not isinstance(images, (list, tuple)):
+        return [images], None
+    if not any(image is None or isinstance(image, (list, tuple)) for image in images):
+        return list(images), None
+    groups = [
+        list(group) if isinstance(group, (list, tuple)) else [] if group is None else [group] for group in images
+    ]
+    return [image for group in groups for image in group], [len(group) for group in groups]
+
+
+def _flatten_conversation(
+    messages: list[dict[str, Any]], guard: ControlTokenGuard | None
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Return the messages with string contents, protected by `guard`, and their images in order."""
+    flattened, images = [], []
+    for message in messages:
+        others = {name: value for name, value in message.items() if name != "content" and value is not None}
+        content, pictures = flatten_content(message.get("content"), guard)
+        flattened.append({**(guard.protect(others) if guard else others), "content": content})
+        images += pictures
+    return flattened, images
+
+
+NemotronVLProcessor.register_for_auto_class()
