@@ -1,18 +1,37 @@
-"""Make the flat repository root importable as the package `nemotron_vl`, so that its relative imports resolve."""
+"""Make the flat root importable (see `tools`), keep transformers offline, and lend the tests a tiny checkpoint."""
 
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-package = types.ModuleType("nemotron_vl")
-package.__path__ = [str(ROOT)]
-sys.modules.setdefault("nemotron_vl", package)
 if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # `tools`, `training`, ... are packages of the root
+    sys.path.insert(0, str(ROOT))
+
+import tools  # noqa: E402, F401  (registers the root as the package `nemotron_vl`)
+
+GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden"))
+
+
+@pytest.fixture(scope="session")
+def golden_8b() -> Path:
+    """The stored outputs of the published code; their tests skip where the folder is absent."""
+    folder = GOLDEN / "8b-v1"
+    if not folder.is_dir():
+        pytest.skip(f"no golden outputs at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint in the published layout, with our code beside it."""
+    from tools.tiny_checkpoint import make_tiny_checkpoint
+
+    # A dot and a hyphen in the name: both have broken the dynamic module loader before.
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny-checkpoint.v1"))
