@@ -6,7 +6,7 @@ serves as `vision_model` of the VLM and, through `AutoModel`, for a stand-alone 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ CROP_ASPECTS = (3 / 4, 4 / 3)
 
 @dataclass
 class RADIOModelOutput(ModelOutput):
-    """What the tower returns. Iterating gives the published pair, `summary, features = tower(pixel_values)`.
+    """What the tower returns; `output[:2]` is the published pair (summary, features).
 
     Args:
         summary: `(num_images, num_summary_tokens * hidden_size)`, the class tokens of `config.summary_idxs`, joined.
@@ -48,9 +48,6 @@ class RADIOModelOutput(ModelOutput):
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
-
-    def __iter__(self) -> Iterator[torch.FloatTensor]:
-        return iter((self.summary, self.features))
 
 
 class RADIOInputConditioner(nn.Module):
@@ -100,6 +97,7 @@ class RADIOPatchGenerator(nn.Module):
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         # The position table has the tower's dtype; the embedder's weight may be packed by a quantiser.
         patches = self.embedder(self.patchify(pixel_values.to(self.pos_embed.dtype)))
+        # CODEPATH: pretraining configs only; the released ones leave `random_position_crop` False.
         if self.training and self.config.random_position_crop:
             positions = self.cropped_positions(pixel_values.shape[0], grid_height, grid_width)
         else:
@@ -135,7 +133,7 @@ class RADIOPatchGenerator(nn.Module):
         """
         table = self.position_table()
         side = max(grid_height, grid_width)
-        if side != self.config.position_grid_size:
+        if side != table.shape[-1]:
             resized = nn.functional.interpolate(
                 table.float(), size=(side, side), mode="bilinear", align_corners=self.config.align_corners
             )
@@ -215,9 +213,9 @@ class RADIOAttention(nn.Module):
         num_images, sequence_length, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(num_images, sequence_length, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (num_images, heads, sequence, head_dim)
-        attend: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        # transformers 4.57 has no `get_interface`, which is `get` with a check of the name
+        get_interface = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)
+        attend: Callable = get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.proj(output.reshape(num_images, sequence_length, -1)), weights
 
@@ -254,10 +252,10 @@ class RADIOVisionTransformer(nn.Module):
         super().__init__()
         self.patch_generator = RADIOPatchGenerator(config)
         self.blocks = nn.ModuleList([RADIOBlock(config) for _ in range(config.num_hidden_layers)])
-        # CODEPATH: checkpoints with `args.model_norm`; the released towers have no final norm.
-        self.norm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_final_norm else nn.Identity()
-        )
+        self.norm = nn.Identity()
+        # CODEPATH: checkpoints trained with `args.model_norm`; the released towers have no final norm.
+        if config.use_final_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         hidden_states = self.patch_generator(pixel_values)
@@ -311,20 +309,22 @@ class RADIOModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.radio_model.model.patch_generator.embedder = value
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Yes; each version of transformers would look for its own spelling of the interface in this file's text."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-        for name, tensor in tensors.items():
-            if getattr(tensor, "_is_hf_initialized", False):  # came from a checkpoint
-                continue
-            if name in ("norm_mean", "norm_std"):
-                tensor.copy_(torch.tensor(getattr(self.config, name)).view(-1, 1, 1))
-            elif name == "bias":
-                nn.init.zeros_(tensor)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(tensor)
-            else:
-                nn.init.trunc_normal_(tensor, std=self.config.initializer_range)
+        super()._init_weights(module)
+        if isinstance(module, RADIOPatchGenerator):
+            nn.init.trunc_normal_(module.pos_embed, std=self.config.initializer_range)
+        elif isinstance(module, RADIOPrefixTokens):
+            nn.init.trunc_normal_(module.token, std=self.config.initializer_range)
+        elif isinstance(module, RADIOInputConditioner):
+            for name, buffer in module.named_buffers():
+                if not getattr(buffer, "_is_hf_initialized", False):  # transformers 5 guards only torch.nn.init
+                    buffer.copy_(torch.tensor(getattr(self.config, name)).view(-1, 1, 1))
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
