@@ -392,6 +392,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             )
         # Ids whose images are already in the cache or in the embeddings cannot be counted.
         counted = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
+        # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
         if counted and self.config.image_token_id is not None:
             image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
             features = image_outputs.pooler_output if image_outputs is not None else ()

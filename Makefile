@@ -1,0 +1,52 @@
+# Every target sets up what it needs. PYTHON is the interpreter that the environments are made from.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OLD := .venv-4.57
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-4.57 test-all check style bench clean
+
+$(VENV)/.run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(VENV)/bin/pip install -q -r requirements-dev.txt
+	touch $@
+
+$(OLD)/.run: requirements-4.57.txt $(VENV)/.dev
+	rm -rf $(OLD)
+	$(VENV)/bin/pip install -q --no-deps --target $(OLD) -r requirements-4.57.txt
+	touch $@
+
+demo: $(VENV)/.run  ## chat about a bundled picture
+	$(PY) -m tools.demo
+
+test: $(VENV)/.dev  ## the fast suite, on the pinned transformers 5
+	$(PY) -m pytest -q -m "not slow and not gpu"
+
+test-4.57: $(OLD)/.run  ## the fast suite, on transformers 4.57
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q -m "not slow and not gpu"
+
+test-all: $(VENV)/.dev $(OLD)/.run  ## the slow tests too, on both
+	$(PY) -m pytest -q -m "slow and not gpu"
+	PYTHONPATH=$(OLD) $(PY) -m pytest -q -m "slow and not gpu"
+
+check: $(VENV)/.dev $(OLD)/.run  ## style, structure, and the fast suite on both versions
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m tools.lint
+	$(MAKE) test test-4.57
+
+style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.dev  ## measure what fits this machine; one JSON line per question
+	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build

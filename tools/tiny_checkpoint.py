@@ -1,0 +1,111 @@
+"""Make a tiny checkpoint with random weights, in the published layout: it runs anywhere and knows nothing.
+
+    python -m tools.tiny_checkpoint --out DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
+from nemotron_vl.image_processing import NemotronVLImageProcessor
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from . import ROOT
+
+LLAMA_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|finetune_right_pad_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+]
+IMAGE_TOKENS = ["<image>", "<img>", "</img>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer without merges, with the special tokens of the 8B in their order."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        additional_special_tokens=LLAMA_TOKENS[1:2] + LLAMA_TOKENS[3:6] + IMAGE_TOKENS,
+        chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
+        model_max_length=16384,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> NemotronVLConfig:
+    """Return a config of about 0.1 M parameters: tiles of 64 px, four visual tokens each."""
+    return NemotronVLConfig(
+        architectures=["Llama_Nemotron_Nano_VL"],
+        force_image_size=64,
+        projector_hidden_size=48,
+        img_context_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        max_sequence_length=2048,
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_image_size": 256,
+        },
+        llm_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 2048,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+    )
+
+
+def make_tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random checkpoint and the code that runs it to `folder`, and return `folder`."""
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Llama_Nemotron_Nano_VL(config)
+        # Fresh weights of standard deviation 0.02 let a tiny model say one token for ever.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    image_processor = NemotronVLImageProcessor(image_size=config.force_image_size, max_num_tiles=6)
+    NemotronVLProcessor(image_processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    folder = make_tiny_checkpoint(parser.parse_args(argv).out)
+    print(f"A tiny random checkpoint is in {folder}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
