@@ -22,6 +22,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .image_processing import OPTIONS as IMAGE_OPTIONS
 from .image_processing import NemotronVLImageProcessor
 
 logger = logging.get_logger(__name__)
@@ -42,19 +43,6 @@ TEXT_OPTIONS = (
     "add_special_tokens",
     "return_mm_token_type_ids",
     "return_tensors",
-)
-IMAGE_OPTIONS = (
-    "image_size",
-    "max_num_tiles",
-    "use_thumbnail",
-    "upscale",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-    "device",
 )
 CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", "images_kwargs", "text_kwargs", "common_kwargs")
 
@@ -502,7 +490,7 @@ class NemotronVLProcessor(ProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None)
         data: dict[str, Any] = {}
         starts: list[list[int]] = []
-        flat_images, images_per_text = flatten_images(images)
+        flat_images, images_per_text = group_images(images)
         if images is not None:
             data.update(self.image_processor(flat_images, **images_kwargs))
         if texts is not None:
@@ -714,7 +702,7 @@ def spell_for_every_version(tokenizer_config: Path) -> None:
     tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def flatten_images(images: Any) -> tuple[list[Any], list[int] | None]:
+def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
     """Flatten one image, a list, or one list per text.
 
     Returns:

@@ -64,7 +64,11 @@ def test_without_arguments_it_is_the_released_8b():
     config = NemotronVLConfig()
     assert (config.text_config.hidden_size, config.text_config.vocab_size) == (4096, 128512)
     assert (config.vision_config.num_hidden_layers, config.vision_config.num_prefix_tokens) == (32, 8)
-    assert (config.num_image_tokens_per_tile, config.image_token_id, config.max_sequence_length) == (256, 128256, 16384)
+    assert (config.num_image_tokens_per_tile, config.image_token_id, config.max_sequence_length) == (
+        256,
+        128256,
+        16384,
+    )
     assert config.tie_word_embeddings is False
 
 
@@ -200,7 +204,11 @@ def test_image_token_id_is_found_in_the_tokenizer_beside_the_config(tmp_path, fi
 
 def test_golden_config_is_read(golden_8b: Path):
     config = NemotronVLConfig.from_pretrained(golden_8b / "checkpoint")
-    assert (config.image_token_id, config.vision_config.hidden_size, config.vision_config.num_registers) == (343, 64, 4)
+    assert (config.image_token_id, config.vision_config.hidden_size, config.vision_config.num_registers) == (
+        343,
+        64,
+        4,
+    )
 
 
 def test_the_configuration_module_does_not_import_torch():

@@ -1,6 +1,6 @@
 """Make a tiny checkpoint with random weights, in the published layout: it runs anywhere and knows nothing.
 
-    python -m tools.tiny_checkpoint --out DIR
+python -m tools.tiny_checkpoint --out DIR
 """
 
 import argparse
