@@ -324,7 +324,7 @@ class RADIOModel(PreTrainedModel):
         elif isinstance(module, RADIOInputConditioner):
             for name, buffer in module.named_buffers():
                 if not getattr(buffer, "_is_hf_initialized", False):  # transformers 5 guards only torch.nn.init
-                    buffer.copy_(torch.tensor(getattr(self.config, name)).view(-1, 1, 1))
+                    buffer.copy_(torch.tensor(getattr(self.config, name), dtype=torch.float32).view(-1, 1, 1))
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -483,11 +483,21 @@ def test_stand_alone_checkpoint_loads_directly_and_after_a_save_through_auto(tmp
     through_auto.set_attn_implementation("eager")
     assert through_auto.config._attn_implementation == "eager"
 
-    # vLLM's way: the class from the config, the weights from elsewhere.
-    config = AutoConfig.from_pretrained(saved, trust_remote_code=True)
-    built = AutoModel.from_config(config, trust_remote_code=True).eval()
-    built.load_state_dict(tower.state_dict())
-    assert torch.equal(built(x=pictures()).features, expected)
+
+@torch.no_grad()
+def test_tower_is_built_from_its_config_as_vllm_does(tmp_path):
+    """The class comes from the config, the conditioner's numbers too: vLLM loads only the other weights."""
+    tower = tiny_tower()
+    tower.save_pretrained(tmp_path / "saved")
+    config = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    built = AutoModel.from_config(config, trust_remote_code=True, torch_dtype=torch.bfloat16).eval()
+    conditioner = built.radio_model.input_conditioner
+    assert torch.equal(conditioner.norm_mean, tower.radio_model.input_conditioner.norm_mean)
+    assert torch.equal(conditioner.norm_std, tower.radio_model.input_conditioner.norm_std)
+    weights = {key: tensor for key, tensor in tower.state_dict().items() if "input_conditioner" not in key}
+    built.load_state_dict(weights, strict=False)
+    assert built(x=pictures()).features.dtype == torch.bfloat16
+    torch.testing.assert_close(built.float()(x=pictures()).features, tower(pictures()).features, atol=0.1, rtol=0.05)
 
 
 @torch.no_grad()
