@@ -12,6 +12,7 @@ from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
+from transformers.utils import logging
 
 CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -439,8 +440,11 @@ def test_system_prompt_matters_and_may_sit_on_the_model(model, processor):
 
 def test_answer_length_is_cut_to_the_context_with_a_warning(model, processor, caplog):
     question = "x" * 2020
+    logging.enable_propagation()
     with caplog.at_level("WARNING"):
         answer = model.chat(processor, None, question, {"max_new_tokens": 100, "do_sample": False})
+    logging.disable_propagation()
+    assert "max_new_tokens=100 is cut to" in caplog.text
     assert len(processor.tokenizer.encode(answer, add_special_tokens=False)) < 28
 
 
