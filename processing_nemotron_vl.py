@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
@@ -421,10 +421,17 @@ class NemotronVLProcessor(ProcessorMixin):
         kwargs.pop("trust_remote_code", None)
         # transformers 4.57 may have run image_processing.py anew since; pickle wants the class of the latest run.
         image_processing = sys.modules[NemotronVLImageProcessor.__module__]
-        return [
-            image_processing.NemotronVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs),
-        ]
+        image_processor = image_processing.NemotronVLImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, ImportError) as error:  # ImportError: 4.57 then looks for sentencepiece
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
+                "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
+            ) from error
+        return [image_processor, tokenizer]
 
     @property
     def tokens_per_tile(self) -> int:

@@ -19,6 +19,8 @@ from nemotron_vl.processing_nemotron_vl import (
 )
 from PIL import Image
 
+from tools import ROOT
+
 CONTROL_TOKENS = ["<image>", "<img>", "</img>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"]
 IMAGE = Image.new("RGB", (40, 24), "white")  # 80x48 doubled: more than one tile of 64 px
 SMALL = Image.new("RGB", (16, 16), "red")  # one tile
@@ -261,6 +263,11 @@ def test_save_and_load_are_stable(processor, tmp_path):
     assert {"preprocessor_config.json", "processor_config.json", "chat_template.jinja", *code} <= files
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] in ("PreTrainedTokenizerFast", "PreTrainedTokenizer")
+
+
+def test_a_directory_without_tokenizer_says_so():
+    with pytest.raises(OSError, match="no usable tokenizer.json"):
+        NemotronVLProcessor.from_pretrained(ROOT)
 
 
 def test_flat_lists_and_single_images_have_no_owner():
