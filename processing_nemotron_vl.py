@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
@@ -567,7 +568,8 @@ class NemotronVLProcessor(ProcessorMixin):
                     f"Truncation to {limit} tokens would cut an image out of a prompt of {len(ids)} tokens. Use fewer "
                     "images, a smaller max_num_tiles, or a larger max_length."
                 )
-        encoded = self.tokenizer.pad(
+        encoded = pad_without_fast_tokenizer_warning(
+            self.tokenizer,
             {"input_ids": [ids[:limit] for ids, _ in prompts]},
             padding=padding,
             max_length=max_length,
