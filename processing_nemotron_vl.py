@@ -502,8 +502,9 @@ class NemotronVLProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         starts: list[list[int]] = []
         flat_images, images_per_text = group_images(images)
-        if images is not None:
-            data.update(self.image_processor(flat_images, **images_kwargs))
+        features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
+        if flat_images:
+            data.update(features)
         if texts is not None:
             add_bos = text_kwargs.pop("add_special_tokens", True)
             num_tiles = list(data.get("num_patches", []))

@@ -170,6 +170,11 @@ def test_images_of_a_batch_may_be_flat_or_nested(processor, images):
     assert batch["num_patches"].tolist() == [1, 1, 1]
 
 
+def test_text_without_images_brings_no_tiles(processor):
+    for images in (None, [], [[]]):
+        assert set(processor(text=["x"], images=images)) == {"input_ids", "attention_mask"}
+
+
 def test_images_of_the_wrong_text_are_refused(processor):
     with pytest.raises(ValueError, match=r"\[1, 0\] <image> placeholders but \[0, 1\] images"):
         processor(text=["<image>", "none"], images=[[], [SMALL]])
@@ -184,6 +189,8 @@ def test_videos_and_unknown_options_are_refused(processor):
         processor(text="x", videos=["movie.mp4"])
     with pytest.raises(TypeError, match="paddding"):
         processor(text="x", text_kwargs={"paddding": True})
+    with pytest.raises(TypeError, match="paddding"):
+        processor(text="x", paddding=True)
     with pytest.raises(TypeError, match="max_tiles"):
         processor(text="<image>", images=SMALL, max_tiles=3)
 
