@@ -5,7 +5,7 @@ tiles for it, resize the doubled picture to that grid (bilinear, antialiased, on
 append a thumbnail as the last tile unless the grid is 1x1, divide by 255. There is no mean/std: the tower normalises.
 
 The surprise: a doubled picture is never held as a whole. Bands of rows are doubled and at once reduced in width, so
-that besides the picture and its tiles at most `8 * height * image_size * (columns + 1)` bytes and 24 MB are used.
+that besides the picture and its tiles about `8 * height * image_size * (columns + 1)` bytes and 24 MB are used.
 That gives the numbers of the whole-picture recipe because every bilinear pass works on width first, then on height,
 and rounds to uint8 in between; and it needs torch alone (torch's uint8 kernel is the one torchvision calls).
 """
