@@ -317,6 +317,8 @@ class NemotronVLConfig(PretrainedConfig):
         img_context_token_id: id of `<image>`; when a checkpoint directory leaves it out, it is read from the
             tokenizer files beside the config.
         max_sequence_length: context window in tokens, prompt and answer together.
+        vision_batch_size: most tiles that run through the tower at once, in forward, generate and chat; bounds the
+            memory of many or large pictures. None runs all at once.
 
     Raises:
         ValueError: for contradictions, with both values.
@@ -342,6 +344,7 @@ class NemotronVLConfig(PretrainedConfig):
         vit_hidden_size: int | None = None,
         img_context_token_id: int | None = None,
         max_sequence_length: int | None = None,
+        vision_batch_size: int | None = None,
         **kwargs: Any,
     ):
         if kwargs.pop("model_type", self.model_type) != self.model_type:
@@ -382,6 +385,7 @@ class NemotronVLConfig(PretrainedConfig):
         self.projector_hidden_size = projector_hidden_size
         self.img_context_token_id = img_context_token_id
         self.max_sequence_length = max_sequence_length or 16384
+        self.vision_batch_size = vision_batch_size
         self._reject_contradictions()
         kwargs["tie_word_embeddings"] = self.llm_config.tie_word_embeddings
         super().__init__(**kwargs)

@@ -629,8 +629,8 @@ def _check_options(options: dict[str, Any]) -> None:
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
     for name in ("rescale_factor", "downsample_ratio"):
-        if not isinstance(options[name], (int, float)) or not 0 < options[name] <= 1:
-            raise ValueError(f"{name} must be a number above 0 and at most 1, got {options[name]!r}.")
+        if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
+            raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
     if options["upscale"] not in (1, 2):
         raise ValueError(f"upscale must be 2 (published) or 1 (no doubling), got {options['upscale']}.")
     candidate_grids(options["max_num_tiles"])
