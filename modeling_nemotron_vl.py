@@ -784,9 +784,16 @@ def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfol
     content = json.loads(index.read_text(encoding="utf-8"))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    strange = [file for file in files if not isinstance(file, str) or "\\" in file or Path(file).name != file]
+    strange = [
+        file
+        for file in files
+        # transformers opens a file of another suffix as a pickle
+        if not isinstance(file, str) or "\\" in file or Path(file).name != file or not file.endswith(".safetensors")
+    ]
     if strange:
-        raise ValueError(f"{index} must name files that lie beside it, but names {strange[0]!r}. Download it again.")
+        raise ValueError(
+            f"{index} must name safetensors files that lie beside it, but names {strange[0]!r}. Download it again."
+        )
 
 
 def _num_cached(past_key_values: Any | None) -> int:
