@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel
 
 logger = logging.get_logger(__name__)
@@ -109,6 +110,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         # The caller who asks for the loading info judges it himself.
@@ -120,6 +122,8 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
                 "download is incomplete, or its config.json belongs to another checkpoint."
             )
+        if dequantization is not None:
+            dequantization.finish(model)
         return (model, info) if wants_info else model
 
 
