@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-OLD := .venv-4.57
+OLD := $(CURDIR)/.venv-4.57
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 

@@ -80,10 +80,12 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock"]
+    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
     _skip_keys_device_placement = ["past_key_values"]
     # The tower derives these indices from its config; some checkpoints store them as well.
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]
+    # The config gives the conditioner's numbers to checkpoints that leave them out.
+    _keys_to_ignore_on_load_missing = [r"input_conditioner\.norm_(mean|std)$"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -11,6 +11,7 @@ image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` 
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,8 +419,10 @@ class NemotronVLProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:
         """Load both halves by our own classes: an `auto_map` in their files is never followed."""
         kwargs.pop("trust_remote_code", None)
+        # transformers 4.57 may have run image_processing.py anew since; pickle wants the class of the latest run.
+        image_processing = sys.modules[NemotronVLImageProcessor.__module__]
         return [
-            NemotronVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            image_processing.NemotronVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs),
         ]
 

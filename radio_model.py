@@ -289,7 +289,7 @@ class RADIOModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RADIOBlock"]
+    _no_split_modules = ["RADIOPatchGenerator", "RADIOBlock"]
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]  # a constant of the config
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -324,7 +324,7 @@ class RADIOModel(PreTrainedModel):
         elif isinstance(module, RADIOInputConditioner):
             for name, buffer in module.named_buffers():
                 if not getattr(buffer, "_is_hf_initialized", False):  # transformers 5 guards only torch.nn.init
-                    buffer.copy_(torch.tensor(getattr(self.config, name)).view(-1, 1, 1))
+                    buffer.copy_(torch.tensor(getattr(self.config, name), dtype=torch.float32).view(-1, 1, 1))
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -354,7 +354,7 @@ class RADIOModel(PreTrainedModel):
         hidden_states = self.radio_model(pixel_values, **kwargs)
         num_patches = pixel_values.shape[-2] * pixel_values.shape[-1] // self.config.patch_size**2
         return RADIOModelOutput(
-            summary=hidden_states[:, self.config.summary_idxs].flatten(1),
+            summary=torch.cat([hidden_states[:, index] for index in self.config.summary_idxs], dim=-1),
             features=hidden_states[:, -num_patches:],
             last_hidden_state=hidden_states,
         )

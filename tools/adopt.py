@@ -1,0 +1,413 @@
+"""Turn a downloaded Nemotron Nano VL checkpoint into a directory that loads with this repository's code.
+
+    python -m tools.adopt SOURCE --check          # only report
+    python -m tools.adopt SOURCE --out DIR        # weights are linked and take no space
+    python -m tools.adopt SOURCE --out DIR --copy
+
+SOURCE stays as it is. Before anything is written, every tensor is checked by its safetensors header against the model
+that the source's config.json describes; if anything is wrong, the report says what, and nothing is written. A linked
+weight is the source's own file: overwriting it in place changes both.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig
+from nemotron_vl.image_processing import NemotronVLImageProcessor
+from transformers import PretrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from . import ROOT
+from .weights import (
+    CONFIG_ERRORS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TORCH_DTYPES,
+    CheckpointError,
+    WeightReport,
+    check_weights,
+    main_dtype,
+    make_index,
+    read_json,
+)
+
+# Asked of the tokenizer, with ours in its place where the vocabulary has it.
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token")
+# A tokenizer without a context length says 10^30.
+LARGEST_CONTEXT = 10**9
+
+TEMPLATE_PROBES: list[dict[str, Any]] = [
+    {"conversations": [[{"role": "user", "content": " <image>\nWhat is the total? "}]], "add_generation_prompt": True},
+    {
+        "conversations": [
+            [
+                {"role": "system", "content": "Answer the questions."},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hello.\n"},
+                {"role": "user", "content": "And the date?"},
+            ]
+        ]
+    },
+]
+
+
+@dataclass
+class Inspection:
+    """A checkpoint directory, read and judged.
+
+    Args:
+        source: the directory.
+        config: its config, None when it cannot be read.
+        weights: what its safetensors files hold.
+        files: the text files that adopting writes, by name.
+        problems: one sentence for each reason not to adopt it.
+        notes: remarks for the user.
+    """
+
+    source: Path
+    config: Any = None
+    weights: WeightReport = field(default_factory=WeightReport)
+    files: dict[str, bytes] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def report(self) -> str:
+        """Return the findings as text for people."""
+        weights = self.weights
+        num_bytes = sum(tensor.num_bytes for tensor in weights.tensors.values())
+        lines = [
+            f"{self.source}: {len(weights.tensors)} tensors, {num_bytes / 1e9:.3f} GB, "
+            f"mostly {main_dtype(weights.tensors) or 'not plain'}, in {len(weights.files)} files"
+        ]
+        lines += [f"  note:    {note}" for note in self.notes]
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        lines.append(f"{len(self.problems)} problems." if self.problems else "Every tensor fits the model.")
+        return "\n".join(lines)
+
+
+def inspect(source: Path) -> Inspection:
+    """Read a checkpoint directory and prepare what adopting would write; nothing is written or run."""
+    found = Inspection(source)
+    if not source.is_dir():
+        found.problems.append(
+            f"{source} is not a directory. Download the checkpoint first: hf download ID --local-dir DIR."
+        )
+        return found
+    try:
+        config_dict = read_json(source / "config.json")
+        found.config = NemotronVLConfig.from_pretrained(source)
+    except CheckpointError as error:
+        found.problems.append(str(error))
+    except CONFIG_ERRORS as error:
+        found.problems.append(f"config.json is no {NemotronVLConfig.model_type} that can be read: {error}")
+    if found.config is None:
+        return found
+    found.weights = check_weights(source, found.config)
+    found.problems += found.weights.problems
+    found.notes += found.weights.notes
+    announced = config_dict.get("quantization_config")
+    if announced and not any("quantised" in problem for problem in found.problems):
+        method = announced.get("quant_method") if isinstance(announced, dict) else announced
+        found.problems.append(
+            f"config.json announces weights quantised by {method!r}, but they are plain. The config belongs to other "
+            "weights, or its quantization_config has to go."
+        )
+    for prepare in (config_files, tokenizer_files, processor_files, generation_files):
+        try:
+            found.files.update(prepare(found, config_dict))
+        except CheckpointError as error:
+            found.problems.append(str(error))
+    found.files.update(code_files(found.config))
+    return found
+
+
+def config_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, bytes]:
+    """config.json in the published keys, with our auto_map; and the index that fits the files."""
+    config, weights = found.config, found.weights
+    written = json.loads(config.to_json_string())
+    noise = PretrainedConfig().to_dict()  # transformers 5 writes the defaults of every config class
+    for name, alias in {"llm_config": "text_config", "vision_config": "vision_config"}.items():
+        stated = config_dict.get(name) or config_dict.get(alias) or {}
+        written[name] = {
+            key: value
+            for key, value in written[name].items()
+            if key in stated or key not in noise or value != noise[key]
+        }
+    if not written.get("torch_dtype") and main_dtype(weights.tensors):
+        written["torch_dtype"] = TORCH_DTYPES[main_dtype(weights.tensors)]
+    files = {"config.json": _json(written)}
+    if weights.files != [SINGLE_FILE]:
+        files[INDEX_FILE] = _json(make_index(weights.tensors))
+    return files
+
+
+def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, bytes]:
+    """Their tokenizer, in words that transformers 4.57 and 5 read; and the chat template."""
+    source, config = found.source, found.config
+    path = source / "tokenizer_config.json"
+    tokenizer = read_json(path) if path.exists() else {}
+    added = _added_tokens(read_json(source / "tokenizer.json"), tokenizer)
+    image_token_id = added.get(IMAGE_TOKEN)
+    if image_token_id != config.image_token_id or image_token_id is None:
+        found.problems.append(
+            f"The tokenizer's <image> has id {image_token_id}, config.json's img_context_token_id is "
+            f"{config.image_token_id}. One of the two belongs to another checkpoint."
+        )
+    beyond = [token for token, token_id in added.items() if token_id >= config.llm_config.vocab_size]
+    if beyond:
+        found.problems.append(
+            f"The tokenizer's {beyond[0]} has id {added[beyond[0]]}, but llm_config.vocab_size is "
+            f"{config.llm_config.vocab_size}."
+        )
+    template = _source_template(source, tokenizer)
+    path = source / "special_tokens_map.json"
+    tokenizer = _spell_for_every_version(tokenizer, read_json(path) if path.exists() else {}, added, config)
+    for name in ("bos_token", "eos_token"):
+        if name not in tokenizer:
+            found.problems.append(f"The tokenizer files name no {name}.")
+    special = {name: tokenizer[name] for name in (*NAMED_TOKENS, "additional_special_tokens") if name in tokenizer}
+    return {
+        "tokenizer.json": (source / "tokenizer.json").read_bytes(),
+        "tokenizer_config.json": _json(tokenizer),
+        "special_tokens_map.json": _json(_without_type_tags(special)),
+        "chat_template.jinja": _choose_template(found, template, tokenizer).encode(),
+    }
+
+
+def _added_tokens(vocabulary: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Return the ids of the control tokens, from tokenizer.json and tokenizer_config.json."""
+    try:
+        added = {token["content"]: token["id"] for token in vocabulary.get("added_tokens") or []}
+        decoder = tokenizer.get("added_tokens_decoder") or {}
+        return {**added, **{token["content"]: int(token_id) for token_id, token in decoder.items()}}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"tokenizer.json or tokenizer_config.json has broken added tokens: {error}") from None
+
+
+def _spell_for_every_version(
+    tokenizer: dict[str, Any], special: dict[str, Any], added: dict[str, int], config: Any
+) -> dict[str, Any]:
+    ours = read_json(ROOT / "tokenizer_config.json")
+    extra = tokenizer.get("extra_special_tokens")
+    if isinstance(extra, list):  # transformers 5 writes a list where 4.57 takes only a dict
+        tokenizer["additional_special_tokens"] = extra
+    if isinstance(extra, list) or not extra:
+        tokenizer.pop("extra_special_tokens", None)
+    for name in ("auto_map", "chat_template"):  # foreign code; the template has a file of its own
+        tokenizer.pop(name, None)
+    for name in NAMED_TOKENS:
+        candidates = [tokenizer.get(name), special.get(name), ours[name] if ours[name] in added else None]
+        if name == "pad_token":
+            candidates += ["<|end_of_text|>" if "<|end_of_text|>" in added else None, tokenizer.get("eos_token")]
+        tokenizer[name] = next((token for token in candidates if token), None)
+        if tokenizer[name] is None:
+            del tokenizer[name]
+    if not 0 < (tokenizer.get("model_max_length") or 0) < LARGEST_CONTEXT:
+        tokenizer["model_max_length"] = config.max_sequence_length
+    for name in ("clean_up_tokenization_spaces", "model_input_names", "padding_side"):
+        tokenizer.setdefault(name, ours[name])
+    return {**tokenizer, "processor_class": ours["processor_class"], "tokenizer_class": ours["tokenizer_class"]}
+
+
+def _without_type_tags(data: Any) -> Any:
+    """Leave out the `__type` that tokenizer_config.json has and special_tokens_map.json has not."""
+    if isinstance(data, dict):
+        return {key: _without_type_tags(value) for key, value in data.items() if key != "__type"}
+    return [_without_type_tags(item) for item in data] if isinstance(data, list) else data
+
+
+def _source_template(source: Path, tokenizer: dict[str, Any]) -> str | None:
+    """Return their template from wherever a version of transformers has put it, None when there is none."""
+    path = source / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path.name} is not UTF-8 text: {error}") from None
+    template = tokenizer.get("chat_template")
+    if template is None and (source / "chat_template.json").exists():
+        template = read_json(source / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _choose_template(found: Inspection, template: str | None, tokenizer: dict[str, Any]) -> str:
+    """Ours, which also takes lists of parts and marks the assistant's text, unless theirs makes other prompts."""
+    ours = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    tokens = {name: _text_of(tokenizer.get(name, "")) for name in NAMED_TOKENS}
+    if template is None or _prompts_of(template, tokens) == _prompts_of(ours, tokens):
+        return ours
+    found.notes.append(
+        "The source's chat template makes other prompts than the published Llama 3.1 format; it is kept. Without "
+        "{% generation %} in it there are no assistant masks."
+    )
+    return template
+
+
+def _text_of(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _prompts_of(template: str, tokens: dict[str, str]) -> list[str] | None:
+    try:
+        return [render_jinja_template(chat_template=template, **probe, **tokens)[0][0] for probe in TEMPLATE_PROBES]
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+        return None  # a template may refuse a conversation
+
+
+def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, bytes]:
+    """Our image processor with the source's options, and our processor."""
+    config, source = found.config, found.source
+    options: dict[str, Any] = {"image_size": config.force_image_size}
+    if (source / "preprocessor_config.json").exists():
+        options |= read_json(source / "preprocessor_config.json")
+    elif (source / "processor_config.json").exists():  # transformers 5 saves the image processor inside
+        options |= read_json(source / "processor_config.json").get("image_processor") or {}
+    else:
+        found.notes.append("There is no preprocessor_config.json; the published options are used.")
+    options |= {"patch_size": config.patch_size, "downsample_ratio": config.downsample_ratio}
+    try:
+        preprocessor = NemotronVLImageProcessor(**options).to_dict()
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"preprocessor_config.json cannot be used: {error}") from None
+    if preprocessor["image_size"] != config.force_image_size:
+        found.notes.append(
+            f"preprocessor_config.json cuts tiles of {preprocessor['image_size']} px, config.json says "
+            f"{config.force_image_size} px."
+        )
+    processor = read_json(ROOT / "processor_config.json") | {"image_tag_type": config.image_tag_type}
+    preprocessor["auto_map"] = {**preprocessor["auto_map"], **processor["auto_map"]}
+    preprocessor["processor_class"] = processor["processor_class"]
+    return {"preprocessor_config.json": _json(preprocessor), "processor_config.json": _json(processor)}
+
+
+def generation_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, bytes]:
+    """Their generation_config.json, or one with the tokens of the config."""
+    path = found.source / "generation_config.json"
+    if path.exists():
+        read_json(path)
+        return {path.name: path.read_bytes()}
+    text = found.config.llm_config
+    tokens = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {path.name: _json({name: token for name, token in tokens.items() if token is not None})}
+
+
+def code_files(config: Any) -> dict[str, bytes]:
+    """The modules named by an auto_map of ours, and what they import."""
+    preprocessor = read_json(ROOT / "preprocessor_config.json")
+    auto_maps = [config.auto_map, config.vision_config.auto_map, preprocessor["auto_map"]]
+    entries = {reference.split(".")[0] for auto_map in auto_maps for reference in auto_map.values()}
+    paths = {ROOT / f"{entry}.py" for entry in entries}
+    paths |= {Path(path) for entry in entries for path in get_relative_import_files(ROOT / f"{entry}.py")}
+    return {path.name: path.read_bytes() for path in sorted(paths)}
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def reasons_against(out: Path, found: Inspection, force: bool) -> list[str]:
+    """Return why `out` cannot be written to: it is the source, or holds files that adopting does not write."""
+    if out.exists() and out.samefile(found.source):
+        return ["--out is the source itself. Choose another directory; linked weights take no space."]
+    if not out.exists():
+        return []
+    if not out.is_dir():
+        return [f"{out} is a file."]
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in {*found.files, *found.weights.files})
+    weights = [name for name in foreign if name.endswith((".safetensors", ".bin")) or name == INDEX_FILE]
+    if weights:
+        return [f"{out} holds other weights, which might be loaded instead: {', '.join(weights)}. Remove them."]
+    if foreign and not force:
+        return [f"{out} holds files of something else: {', '.join(foreign[:4])}. Choose another, or pass --force."]
+    return []
+
+
+def write(found: Inspection, out: Path, copy: bool = False) -> str:
+    """Write the adopted checkpoint, all files complete before the first one appears in `out`.
+
+    Args:
+        found: an inspection without problems.
+        out: directory to fill; made if absent.
+        copy: copy the weights instead of linking them.
+
+    Returns:
+        how the weights got there: "hard-linked", "linked" (symbolic) or "copied".
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    how = set()
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        staging = Path(folder)
+        for name in found.weights.files:
+            how.add(_bring(found.source / name, staging / name, copy))
+        for name, content in found.files.items():
+            (staging / name).write_bytes(content)
+        out.mkdir(exist_ok=True)
+        for path in staging.iterdir():
+            os.replace(path, out / path.name)
+    return " and ".join(sorted(how))
+
+
+def _bring(source: Path, target: Path, copy: bool) -> str:
+    source = source.resolve()  # a Hub cache holds links to its blobs
+    if copy:
+        shutil.copyfile(source, target)
+        return "copied"
+    try:
+        os.link(source, target)
+        return "hard-linked"
+    except OSError:  # another file system, or a source that is not ours
+        target.symlink_to(source)
+        return "linked"
+
+
+def how_to_load(out: Path) -> str:
+    """Return the lines a user types next."""
+    return f"""Load it:
+  from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+  path = {str(out)!r}
+  model = AutoModel.from_pretrained(path, torch_dtype="auto", trust_remote_code=True).eval()
+  tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+  images = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)(["page.png"])
+  print(model.chat(tokenizer, question="What is the total?", generation_config={{"do_sample": False}}, **images))"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 when the checkpoint is fine (and written), 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="directory of a downloaded checkpoint")
+    parser.add_argument("--out", type=Path, help="directory to write")
+    parser.add_argument("--check", action="store_true", help="only report")
+    parser.add_argument("--copy", action="store_true", help="copy the weights instead of linking them")
+    parser.add_argument("--force", action="store_true", help="write into a directory that holds other files")
+    arguments = parser.parse_args(argv)
+    if not arguments.check and arguments.out is None:
+        parser.error("give --out DIR, or --check")
+    try:
+        found = inspect(arguments.source)
+        if not arguments.check and not found.problems:
+            found.problems += reasons_against(arguments.out, found, arguments.force)
+        print(found.report())
+        if found.problems or arguments.check:
+            return int(bool(found.problems))
+        how = write(found, arguments.out, arguments.copy)
+    except OSError as error:
+        print(f"PROBLEM: {error}")
+        return 1
+    print(f"{arguments.out} is ready, its weights are {how}.\n{how_to_load(arguments.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

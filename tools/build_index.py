@@ -1,0 +1,63 @@
+"""Write the model.safetensors.index.json that the weights of a config have, without any weights.
+
+    python -m tools.build_index                       # the root's, for the 8B
+    python -m tools.build_index DIR --max-shard-size 2
+
+An index says which file holds which tensor. Tensors fill the files in the order of the model; the root's index stands
+for the published weights, whose own files may be cut elsewhere: `tools.adopt` writes the index that fits them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
+
+from . import ROOT
+from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_shapes, make_index
+
+
+def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -> dict[str, Any]:
+    """Return the index of a model's weights.
+
+    Args:
+        config: a `NemotronVLConfig`.
+        max_shard_size: largest size of a file in GB (10^9 bytes).
+        dtype: of every tensor, in safetensors' words.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, shape in expected_shapes(config).items():
+        tensor = Tensor(dtype, shape, file="")
+        if shards[-1] and filled + tensor.num_bytes > max_shard_size * 1e9:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.num_bytes
+    return make_index(
+        {
+            name: Tensor(tensor.dtype, tensor.shape, f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            for number, shard in enumerate(shards, start=1)
+            for name, tensor in shard.items()
+        }
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT, help="folder with a config.json (the root)")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes")
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, default="BF16")
+    arguments = parser.parse_args(argv)
+    config = NemotronVLConfig.from_pretrained(arguments.folder)
+    index = build_index(config, arguments.max_shard_size, arguments.dtype)
+    path = arguments.folder / INDEX_FILE
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}: {len(index['weight_map'])} tensors, {index['metadata']['total_size']:,} bytes.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Check the weights of a checkpoint directory against the model of its config, reading headers only.
+
+`check_weights(folder, config)` lists what the safetensors files hold, compares name, shape and dtype of every tensor
+with the model built on the meta device, and returns the problems as sentences. No weight is read and nothing is run.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    "F4": 4,
+}
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+# What building a config or a model out of a broken config.json raises.
+CONFIG_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    StrictDataclassError,
+)
+
+
+class CheckpointError(ValueError):
+    """A file of a checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor as its header describes it; `dtype` in safetensors' words (BF16, F8_E4M3, ...)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * BITS[self.dtype] // 8
+
+
+@dataclass
+class WeightReport:
+    """What a folder holds.
+
+    Args:
+        tensors: every stored tensor by name.
+        files: the safetensors files that hold them.
+        problems: one sentence for each thing that is wrong; empty when the weights fit the config.
+        notes: remarks that do not keep the weights from loading.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if the file is absent, is not JSON, or holds something else than an object.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} is missing. Download the whole checkpoint.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not JSON{_half_download(path)} ({error}).") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path.name} holds a {type(data).__name__}, not a JSON object.")
+    return data
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file from its header, and check that the file is whole.
+
+    Raises:
+        CheckpointError: if the file is truncated, longer than its header says, or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path.name} is not a safetensors file{_half_download(path)}.")
+        text = file.read(header_bytes)
+    if len(text) < header_bytes:
+        raise CheckpointError(f"{path.name} is truncated inside its header: it has {size} bytes. Download it again.")
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        spans = sorted((*map(int, entry["data_offsets"]), name) for name, entry in header.items())
+        tensors = {
+            name: Tensor(entry["dtype"], tuple(map(int, entry["shape"])), path.name) for name, entry in header.items()
+        }
+        end = 0
+        for begin, next_end, name in spans:
+            if begin != end or next_end - begin != tensors[name].num_bytes or min(tensors[name].shape, default=0) < 0:
+                raise ValueError(f"the bytes {begin}..{next_end} do not fit {name}, {tensors[name]}")
+            end = next_end
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} has a broken safetensors header ({error}). Download it again.") from None
+    needed = 8 + header_bytes + end
+    if size != needed:
+        what = "is truncated" if size < needed else "has surplus bytes"
+        raise CheckpointError(f"{path.name} {what}: {size} bytes instead of {needed}. Download it again.")
+    return tensors
+
+
+def _half_download(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return ", it is a git-lfs pointer: run `git lfs pull` in the source"
+    return ""
+
+
+def find_weight_files(folder: Path, report: WeightReport) -> dict[str, Any]:
+    """Fill `report.files` with the files transformers would load, and return the index's weight map (may be empty)."""
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        refused = f"the pickle files {_some(pickles)} are not used: loading a pickle can run any code"
+        if not present:
+            report.problems.append(f"There is no safetensors file, and {refused}. Download the safetensors weights.")
+            return {}
+        report.notes.append(refused[0].upper() + refused[1:] + ".")
+    weight_map: dict[str, Any] = {}
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{INDEX_FILE} has no weight_map from tensor names to file names.")
+        named = sorted(set(weight_map.values()))
+        outside = [name for name in named if name != Path(name).name or "\\" in name or not name.strip(". ")]
+        absent = [name for name in named if name not in present and name not in outside]
+        if outside:
+            report.problems.append(f"{INDEX_FILE} names files that do not lie in the directory: {_some(outside)}.")
+        if absent:
+            report.problems.append(
+                f"{INDEX_FILE} names files that are absent: {_some(absent)}. Finish the download first."
+            )
+        if SINGLE_FILE in present and SINGLE_FILE not in named:
+            report.problems.append(
+                f"Both {SINGLE_FILE} and the files of {INDEX_FILE} are here, and transformers would load the first. "
+                "Remove the one that does not belong."
+            )
+        report.files = [name for name in named if name in present]
+        ignored = [name for name in present if name not in named]
+        if ignored:
+            report.notes.append(f"{INDEX_FILE} does not name {_some(ignored)}; left out.")
+        return weight_map
+    report.files = [SINGLE_FILE] if SINGLE_FILE in present else present
+    if len(report.files) > 1:
+        report.notes.append(f"There is no {INDEX_FILE}; all {len(present)} safetensors files belong to the model.")
+    if not present:
+        report.problems.append("There is no safetensors file. Download the whole checkpoint.")
+    return {}
+
+
+def read_tensors(folder: Path, report: WeightReport) -> None:
+    """Fill `report.tensors` from the headers of the files that belong to the model."""
+    weight_map = find_weight_files(folder, report)
+    for name in report.files:
+        try:
+            tensors = read_header(folder / name)
+        except CheckpointError as error:
+            report.problems.append(str(error))
+            continue
+        twice = sorted(tensors.keys() & report.tensors.keys())
+        if twice:
+            files = {report.tensors[tensor].file for tensor in twice}
+            report.problems.append(
+                f"{len(twice)} tensors are stored twice, in {name} and in {_some(sorted(files))}: {_some(twice)}."
+            )
+        report.tensors.update(tensors)
+    moved = [name for name, file in weight_map.items() if name in report.tensors and report.tensors[name].file != file]
+    unlisted = [name for name in report.tensors if name not in weight_map] if weight_map else []
+    if moved or unlisted:
+        report.notes.append(
+            f"{INDEX_FILE} is wrong about {len(moved) + len(unlisted)} tensors ({_some(moved + unlisted)}); the files' "
+            "own headers count."
+        )
+
+
+def _weight(tensors: Mapping[str, Tensor]) -> str:
+    return tensors["weight"].dtype if "weight" in tensors else ""
+
+
+# Storage formats by the tensors of one module, in the order to try them. Everything here is refused for now; a format
+# that becomes readable leaves this table for a check of its own in `check_weights`.
+PACKED_FORMATS: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
+    "NVFP4 (modelopt)": lambda tensors: _weight(tensors) == "U8" and "weight_scale_2" in tensors,
+    "W4A16_AWQ (modelopt)": lambda tensors: _weight(tensors) == "U8" and "weight_scale" in tensors,
+    "FP8 (modelopt)": lambda tensors: _weight(tensors).startswith("F8") and "weight_scale" in tensors,
+    "compressed-tensors": lambda tensors: "weight_packed" in tensors,
+    "llm-awq": lambda tensors: "qweight" in tensors and tensors["qweight"].dtype == "I16",
+    "GPTQ": lambda tensors: "qweight" in tensors and "g_idx" in tensors,
+    "AWQ": lambda tensors: "qweight" in tensors,
+    "bitsandbytes": lambda tensors: _weight(tensors) in ("U8", "I8") and bool({"SCB", "weight.absmax"} & set(tensors)),
+    "an unknown packed format": lambda tensors: _weight(tensors) in ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F4"),
+}
+
+
+def packed_modules(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the format of every module whose weight is not stored as plain numbers."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if ".weight." in name:  # bitsandbytes hangs its constants below the weight
+            module, _, suffix = name.partition(".weight.")
+            suffix = f"weight.{suffix}"
+        modules.setdefault(module, {})[suffix] = tensor
+    found = {}
+    for module, own in modules.items():
+        packed = next((label for label, matches in PACKED_FORMATS.items() if matches(own)), None)
+        if packed:
+            found[module] = packed
+    return found
+
+
+def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor the model of `config` saves, from a model on the meta device."""
+    with torch.device("meta"):
+        model = Llama_Nemotron_Nano_VL(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def is_optional(name: str, config: Any) -> bool:
+    """Say whether a checkpoint may leave the tensor out: the config can make it, or it is tied to another."""
+    tied = config.llm_config.tie_word_embeddings and name == "language_model.lm_head.weight"
+    return tied or name.rpartition(".")[2] in ("norm_mean", "norm_std")
+
+
+def check_weights(folder: Path, config: Any) -> WeightReport:
+    """Compare the safetensors files of `folder` with the model of `config`."""
+    report = WeightReport()
+    try:
+        read_tensors(folder, report)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+    if not report.tensors:
+        return report
+    whole_files_are_missing = bool(report.problems)
+    for name in ("llm_config", "vision_config"):
+        num_layers = getattr(config, name).num_hidden_layers
+        if num_layers > len(report.tensors):  # building such a model might never end
+            report.problems.append(
+                f"config.json asks for {num_layers} layers in {name}, but only {len(report.tensors)} tensors are here."
+            )
+            return report
+    try:
+        expected = expected_shapes(config)
+    except CONFIG_ERRORS as error:
+        report.problems.append(f"config.json describes no model that can be built: {error}")
+        return report
+    packed = packed_modules(report.tensors)
+    for label in sorted(set(packed.values())):
+        modules = sorted(module for module, own in packed.items() if own == label)
+        report.problems.append(
+            f"{len(modules)} modules are quantised as {label} ({_some(modules)}); only BF16, FP16 and FP32 weights "
+            "can be adopted."
+        )
+    # The tensors of a packed module have names and shapes of their own.
+    plain = {name: tensor for name, tensor in report.tensors.items() if not _belongs_to(name, packed)}
+    expected = {name: shape for name, shape in expected.items() if not _belongs_to(name, packed)}
+    if whole_files_are_missing:
+        # What an unreadable file should hold is not missing a second time.
+        expected = {name: shape for name, shape in expected.items() if name in report.tensors}
+    report.problems += compare(expected, plain, config)
+    report.notes += remarks(expected, plain, config)
+    return report
+
+
+def _belongs_to(name: str, modules: Mapping[str, str]) -> bool:
+    return name.rpartition(".")[0] in modules or name.partition(".weight.")[0] in modules
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any) -> list[str]:
+    """Return one sentence for each kind of difference between plain weights and the model."""
+    missing = sorted(name for name in expected if name not in found and not is_optional(name, config))
+    unexpected = sorted(name for name in found if name not in expected and not name.endswith("summary_idxs"))
+    both = sorted(expected.keys() & found.keys())
+    shapes = [
+        f"{name} is {list(found[name].shape)}, the config asks for {list(expected[name])}"
+        for name in both
+        if found[name].shape != expected[name]
+    ]
+    dtypes = [f"{name} is {found[name].dtype}" for name in both if found[name].dtype not in PLAIN_DTYPES]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}.")
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors do not belong to this model: {_some(unexpected)}.")
+    if shapes:
+        problems.append(f"{len(shapes)} tensors have a wrong shape: {_some(shapes, '; ')}.")
+    if dtypes:
+        problems.append(f"{len(dtypes)} tensors are not {', '.join(PLAIN_DTYPES)}: {_some(dtypes, '; ')}.")
+    return problems
+
+
+def remarks(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any) -> list[str]:
+    """Return what is worth knowing about weights that fit."""
+    notes = []
+    absent = sorted(name for name in expected if name not in found and is_optional(name, config))
+    if absent:
+        notes.append(f"{_some(absent)} are not stored; the config gives them.")
+    surplus = sorted(name for name in found if name.endswith("summary_idxs"))
+    if surplus:
+        notes.append(f"{_some(surplus)} is stored and not needed: the config gives it.")
+    dtype = main_dtype(found)
+    others = sorted({tensor.dtype for tensor in found.values()} - {dtype, "I64"})
+    if others:
+        notes.append(f"Most weights are {dtype}, some are {', '.join(others)}.")
+    return notes
+
+
+def main_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """Return the plain dtype that holds most bytes, in safetensors' words; "" when there is none."""
+    sizes = {dtype: sum(t.num_bytes for t in tensors.values() if t.dtype == dtype) for dtype in PLAIN_DTYPES}
+    largest = max(sizes, key=lambda dtype: sizes[dtype])
+    return largest if sizes[largest] else ""
+
+
+def make_index(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the content of model.safetensors.index.json: tensor to file, and the bytes of all tensors."""
+    return {
+        "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())},
+        "weight_map": {name: tensors[name].file for name in sorted(tensors)},
+    }
+
+
+def _some(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
+    names = list(names)
+    shown = separator.join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}{separator}and {len(names) - limit} more"
