@@ -57,13 +57,16 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
 }
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16")
 PLAIN_DTYPES = (*FLOATS, "F64", "I64", "BOOL")
 # Names that only quantised checkpoints use, besides `weight` itself.
 COMPANIONS = (
-    "weight_scale weight_scale_2 weight_scale_inv input_scale pre_quant_scale k_scale v_scale qweight qzeros scales "
-    "scaled_zeros g_idx weight_packed weight_global_scale weight_zero_point weight_shape input_global_scale"
-).split()
+    *("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale"),  # modelopt
+    *("qweight", "qzeros", "scales", "scaled_zeros", "g_idx"),  # AutoAWQ, llm-awq, GPTQ
+    *("weight_packed", "weight_global_scale", "weight_zero_point", "weight_shape", "input_global_scale"),
+    "weight_scale_inv",  # compressed-tensors above, block-wise FP8 here
+)
 KV_CACHE_SCALES = ("k_scale", "v_scale")
 
 NVFP4_BLOCK = 16
@@ -131,13 +134,18 @@ def _e2m1_pairs(device: torch.device) -> torch.Tensor:
         return torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).view(torch.int64).flatten()
 
 
+def _scale_inputs(weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """modelopt's AWQ variants multiply the input by `pre_quant_scale`: the same as multiplying the columns by it."""
+    return weight * tensors["pre_quant_scale"].float() if "pre_quant_scale" in tensors else weight
+
+
 def decode_nvfp4(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """e2m1(code) x (block scale x global scale), the scales' product first, all in float32, one cast at the end."""
     packed, block_scales = tensors["weight"], tensors["weight_scale"]
     codes = torch.index_select(_e2m1_pairs(packed.device), 0, packed.flatten().int()).view(torch.float32)
     scales = block_scales.float() * tensors["weight_scale_2"].float()
     weight = codes.view(*block_scales.shape, NVFP4_BLOCK) * scales.unsqueeze(-1)
-    return weight.flatten(-2).to(dtype)
+    return _scale_inputs(weight.flatten(-2), tensors).to(dtype)
 
 
 def decode_fp8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -149,14 +157,12 @@ def decode_fp8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch
 
 
 def decode_w4a16_awq(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Signed int4 x group scale; low nibbles are even rows. `pre_quant_scale` belongs to the input: to the columns."""
+    """Signed int4 x group scale; low nibbles are even rows."""
     packed, scales = tensors["weight"], tensors["weight_scale"]
     nibbles = torch.stack((packed & 15, packed >> 4), dim=1).flatten(0, 1)  # (out_features, in_features)
     codes = (nibbles ^ 8).to(torch.float32) - 8
     weight = (codes.unflatten(1, (scales.shape[1], -1)) * scales.float().unsqueeze(-1)).flatten(1)
-    if "pre_quant_scale" in tensors:
-        weight = weight * tensors["pre_quant_scale"].float()
-    return weight.to(dtype)
+    return _scale_inputs(weight, tensors).to(dtype)
 
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
@@ -201,7 +207,7 @@ FORMATS = {
             "weight_scale": (("F8_E4M3",), (rows, columns // NVFP4_BLOCK)),
             "weight_scale_2": SCALAR,
         },
-        lambda columns: {"input_scale": SCALAR},
+        lambda columns: {"input_scale": SCALAR, "pre_quant_scale": (FLOATS, (columns,))},
         None,
         decode_nvfp4,
     ),
@@ -354,6 +360,8 @@ class PackedLinear(nn.Linear):
             empty = torch.empty(tensors[key].shape, dtype=TORCH_DTYPES[tensors[key].dtype], device="meta")
             self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         self.bias = linear.bias
+        self._is_hf_initialized = True  # transformers must not draw random bytes for weights offloaded to disk
+        self.compute_dtype: torch.dtype | None = None  # what peft gives its adapters; the weight's may be float8
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by the last part of their names."""
@@ -501,6 +509,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for _, layer in packed_linears(model):
+            layer.compute_dtype = model.get_input_embeddings().weight.dtype
             for key in layer.packed_names:
                 getattr(layer, key).requires_grad_(False)
         self._correct_offload_index(model)
