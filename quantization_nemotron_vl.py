@@ -493,8 +493,7 @@ class PackedQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Say whether `create_quantized_param` must load a tensor (transformers 4.57 asks)."""
-        module, _, key = param_name.rpartition(".")
-        return key in getattr(model.get_submodule(module), "packed_names", ())
+        return param_name in self.headers and is_quantised(param_name, self.headers[param_name])
 
     def create_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: Any, **kwargs: Any
@@ -514,6 +513,7 @@ class PackedQuantizer(HfQuantizer):
                 getattr(layer, key).requires_grad_(False)
         self._correct_offload_index(model)
         self.quantization_config.checkpoint_files = None
+        model.config.quantization_config = self.quantization_config  # transformers 4.57 gave the model a copy
         self.headers = {}
         return model
 
@@ -528,6 +528,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         unpack_linears(model, dtype)
+        for part in (model.config.get_text_config(), model.config.vision_config):
+            vars(part).pop("_pre_quantization_dtype", None)  # transformers 4.57 clears it at the top level only
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -559,6 +561,8 @@ def describe_formats(model: nn.Module) -> dict[str, Any]:
             "version": "gemm",
             "modules_to_not_convert": ignore,
         }
+    if not names:
+        return {"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
     quant_algo = names[0] if len(names) == 1 else "MIXED_PRECISION"
     return {"quant_method": "modelopt", "quant_algo": quant_algo, "ignore": ignore}
 
