@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 QUANT_METHOD = "nemotron_vl_packed"
 STORED_METHODS = ("modelopt", "awq", QUANT_METHOD)
 # What quantisers of full-precision checkpoints leave alone unless the caller decides.
-KEPT_MODULES = ("vision_model", "mlp1", "lm_head")
+KEPT_MODULES = ("vision_model", "mlp1", "lm_head", "language_model.lm_head")  # transformers 4.57 wants full names
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
 
