@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
@@ -421,10 +422,17 @@ class NemotronVLProcessor(ProcessorMixin):
         kwargs.pop("trust_remote_code", None)
         # transformers 4.57 may have run image_processing.py anew since; pickle wants the class of the latest run.
         image_processing = sys.modules[NemotronVLImageProcessor.__module__]
-        return [
-            image_processing.NemotronVLImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs),
-        ]
+        image_processor = image_processing.NemotronVLImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError, ImportError) as error:  # ImportError: 4.57 then looks for sentencepiece
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
+                "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
+            ) from error
+        return [image_processor, tokenizer]
 
     @property
     def tokens_per_tile(self) -> int:
@@ -494,8 +502,9 @@ class NemotronVLProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         starts: list[list[int]] = []
         flat_images, images_per_text = group_images(images)
-        if images is not None:
-            data.update(self.image_processor(flat_images, **images_kwargs))
+        features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
+        if flat_images:
+            data.update(features)
         if texts is not None:
             add_bos = text_kwargs.pop("add_special_tokens", True)
             num_tiles = list(data.get("num_patches", []))
@@ -560,7 +569,8 @@ class NemotronVLProcessor(ProcessorMixin):
                     f"Truncation to {limit} tokens would cut an image out of a prompt of {len(ids)} tokens. Use fewer "
                     "images, a smaller max_num_tiles, or a larger max_length."
                 )
-        encoded = self.tokenizer.pad(
+        encoded = pad_without_fast_tokenizer_warning(
+            self.tokenizer,
             {"input_ids": [ids[:limit] for ids, _ in prompts]},
             padding=padding,
             max_length=max_length,

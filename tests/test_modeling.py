@@ -11,7 +11,7 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, pixel_shuff
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
 CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
@@ -75,7 +75,7 @@ def golden_model(golden_8b) -> Llama_Nemotron_Nano_VL:
 
 @pytest.fixture(scope="module")
 def golden_tokenizer(golden_8b):
-    return AutoTokenizer.from_pretrained(golden_8b / "checkpoint", trust_remote_code=False)
+    return PreTrainedTokenizerFast.from_pretrained(golden_8b / "checkpoint")
 
 
 @pytest.mark.parametrize("name", CASES)

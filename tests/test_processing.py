@@ -19,6 +19,8 @@ from nemotron_vl.processing_nemotron_vl import (
 )
 from PIL import Image
 
+from tools import ROOT
+
 CONTROL_TOKENS = ["<image>", "<img>", "</img>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"]
 IMAGE = Image.new("RGB", (40, 24), "white")  # 80x48 doubled: more than one tile of 64 px
 SMALL = Image.new("RGB", (16, 16), "red")  # one tile
@@ -168,6 +170,11 @@ def test_images_of_a_batch_may_be_flat_or_nested(processor, images):
     assert batch["num_patches"].tolist() == [1, 1, 1]
 
 
+def test_text_without_images_brings_no_tiles(processor):
+    for images in (None, [], [[]]):
+        assert set(processor(text=["x"], images=images)) == {"input_ids", "attention_mask"}
+
+
 def test_images_of_the_wrong_text_are_refused(processor):
     with pytest.raises(ValueError, match=r"\[1, 0\] <image> placeholders but \[0, 1\] images"):
         processor(text=["<image>", "none"], images=[[], [SMALL]])
@@ -182,6 +189,8 @@ def test_videos_and_unknown_options_are_refused(processor):
         processor(text="x", videos=["movie.mp4"])
     with pytest.raises(TypeError, match="paddding"):
         processor(text="x", text_kwargs={"paddding": True})
+    with pytest.raises(TypeError, match="paddding"):
+        processor(text="x", paddding=True)
     with pytest.raises(TypeError, match="max_tiles"):
         processor(text="<image>", images=SMALL, max_tiles=3)
 
@@ -261,6 +270,11 @@ def test_save_and_load_are_stable(processor, tmp_path):
     assert {"preprocessor_config.json", "processor_config.json", "chat_template.jinja", *code} <= files
     saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] in ("PreTrainedTokenizerFast", "PreTrainedTokenizer")
+
+
+def test_a_directory_without_tokenizer_says_so():
+    with pytest.raises(OSError, match="no usable tokenizer.json"):
+        NemotronVLProcessor.from_pretrained(ROOT)
 
 
 def test_flat_lists_and_single_images_have_no_owner():

@@ -134,7 +134,9 @@ def config_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, by
     """config.json in the published keys, with our auto_map; and the index that fits the files."""
     config, weights = found.config, found.weights
     written = json.loads(config.to_json_string())
-    noise = PretrainedConfig().to_dict()  # transformers 5 writes the defaults of every config class
+    noise = json.loads(
+        PretrainedConfig().to_json_string(use_diff=False)
+    )  # transformers 5 writes the defaults of every config class
     for name, alias in {"llm_config": "text_config", "vision_config": "vision_config"}.items():
         stated = config_dict.get(name) or config_dict.get(alias) or {}
         written[name] = {
@@ -157,7 +159,9 @@ def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
     tokenizer = read_json(path) if path.exists() else {}
     added = _added_tokens(read_json(source / "tokenizer.json"), tokenizer)
     image_token_id = added.get(IMAGE_TOKEN)
-    if image_token_id != config.image_token_id or image_token_id is None:
+    if image_token_id is None:
+        found.problems.append(f"The tokenizer has no {IMAGE_TOKEN} token; it is not that of a Nemotron Nano VL model.")
+    elif image_token_id != config.image_token_id:
         found.problems.append(
             f"The tokenizer's <image> has id {image_token_id}, config.json's img_context_token_id is "
             f"{config.image_token_id}. One of the two belongs to another checkpoint."

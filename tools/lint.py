@@ -23,7 +23,6 @@ LINTED_AS = {
 
 EXCEPTIONS = {
     "TRF010": "@strict does not exist on transformers 4.57; the configs check themselves and say what is wrong",
-    "TRF014": "trust_remote_code=False is passed, so that no code of a tokenizer directory ever runs",
     "TRF022": "the Llama blocks are named so that accelerate places whole blocks on 4.57 as well",
     "TRF028": "the licence is Apache-2.0 for the whole repository; NVIDIA's header would claim their authorship",
     "TRF036": "mlp1 is an nn.Sequential because the published keys are mlp1.0, mlp1.1 and mlp1.3",

@@ -1,0 +1,134 @@
+"""Time of cutting one picture into tiles: our image processor beside the published recipe written plainly, one thread.
+
+    python -m benchmarks.tiling                              # 1275x1650, 2048x1536 and 4000x3000
+    python -m benchmarks.tiling --sizes 1240x1754 --rounds 21
+
+The peer does what the published processor does, step by step on whole pictures: PIL bilinear doubling, a planar uint8
+tensor, `F.interpolate` (bilinear, antialias) to the grid and to the thumbnail, split, stack, times 1/255. "ours" gives
+the same float32 tiles, "ours_uint8" (`do_rescale=False`) the same tiles before the last step, for those who rescale on
+the device. Rounds are interleaved; every result is compared with the peer's, bit for bit, before anything is timed.
+The last line of the output is one JSON object: milliseconds of processor time of the one thread (median, quartiles;
+other load on the machine disturbs it less than the clock), the ratio of the medians, and the peak of memory used beyond
+the picture, result included (Linux with glibc only, otherwise null).
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from PIL import Image
+
+from image_processing import NemotronVLImageProcessor, select_tile_grid
+
+TILE = 512
+
+
+def published_recipe(picture: Image.Image) -> torch.Tensor:
+    """The published steps for one RGB picture -> float32 `(num_tiles, 3, 512, 512)` in 0..1."""
+    rows, columns = select_tile_grid(picture.height, picture.width)
+    doubled = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BILINEAR)
+    planar = torch.from_numpy(np.array(doubled)).permute(2, 0, 1).contiguous()[None]
+
+    def resize(height: int, width: int) -> torch.Tensor:
+        return torch.nn.functional.interpolate(planar, size=(height, width), mode="bilinear", antialias=True)[0]
+
+    strips = resize(TILE * rows, TILE * columns).split(TILE, dim=1)
+    tiles = [tile for strip in strips for tile in strip.split(TILE, dim=2)]
+    if len(tiles) > 1:
+        tiles.append(resize(TILE, TILE))
+    return torch.stack(tiles) * (1 / 255)
+
+
+def drawn_page(width: int, height: int) -> Image.Image:
+    """A picture that is neither flat nor pure noise: gradients with a fine pattern, RGB."""
+    y, x = np.mgrid[0:height, 0:width]
+    levels = np.stack([x * 255 // width, y * 255 // height, (x * 7 + y * 3) % 256], axis=-1)
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+def peak_extra_mib(call: Callable[[], object]) -> float | None:
+    """Peak resident memory of `call` above the level before it, result included, in MiB."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    c_library = ctypes.CDLL(None)
+    if not hasattr(c_library, "malloc_trim") or not os.access(reset, os.W_OK):
+        return None
+
+    def resident(key: str) -> int:
+        return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(key)))
+
+    c_library.malloc_trim(0)  # so that memory freed by earlier calls does not hide what this one needs
+    reset.write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    call()
+    return round((resident("VmHWM") - before) / 1024, 1)
+
+
+def measure(width: int, height: int, num_rounds: int) -> dict[str, object]:
+    """Compare, then time, the variants on one picture."""
+    picture = drawn_page(width, height)
+    processor = NemotronVLImageProcessor()
+    variants: dict[str, Callable[[], torch.Tensor]] = {
+        "published": lambda: published_recipe(picture),
+        "ours": lambda: processor(picture)["pixel_values"],
+        "ours_uint8": lambda: processor(picture, do_rescale=False)["pixel_values"],
+    }
+    expected = variants["published"]()
+    if not torch.equal(variants["ours"](), expected) or not torch.equal(
+        variants["ours_uint8"]() * (1 / 255), expected
+    ):
+        raise ValueError(f"Tiles of a {width}x{height} picture differ from the published recipe's: nothing to time.")
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(num_rounds):
+        for name, variant in variants.items():
+            start = time.process_time()
+            variant()
+            times[name].append(1e3 * (time.process_time() - start))
+    result: dict[str, object] = {"width": width, "height": height, "num_tiles": len(expected), "bit_exact": True}
+    for name, variant in variants.items():
+        low, median, high = statistics.quantiles(times[name], n=4)
+        result[name] = {
+            "median_ms": round(median, 1),
+            "quartiles_ms": [round(low, 1), round(high, 1)],
+            "times_faster": round(statistics.median(times["published"]) / median, 2),
+            "peak_extra_mib": peak_extra_mib(variant),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["1275x1650", "2048x1536", "4000x3000"], help="WIDTHxHEIGHT")
+    parser.add_argument("--rounds", type=int, default=11)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
+    report = {
+        "benchmark": "tiling",
+        "cpu": platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "rounds": arguments.rounds,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pillow": PIL.__version__,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+        "results": [measure(width, height, arguments.rounds) for width, height in sizes],
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

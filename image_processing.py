@@ -1,0 +1,642 @@
+"""Pictures to tiles: any picture -> `pixel_values` float32 `(num_tiles, 3, image_size, image_size)` in 0..1.
+
+The recipe is that of the released 8B V1 processor, bit for bit: double the picture (bilinear), choose a grid of
+tiles for it, resize the doubled picture to that grid (bilinear, antialiased, on uint8), cut the tiles row by row,
+append a thumbnail as the last tile unless the grid is 1x1, divide by 255. There is no mean/std: the tower normalises.
+
+The surprise: a doubled picture is never held as a whole. Bands of rows are doubled and at once reduced in width, so
+that besides the picture and its tiles about `8 * height * image_size * (columns + 1)` bytes and 24 MB are used.
+That gives the numbers of the whole-picture recipe because every bilinear pass works on width first, then on height,
+and rounds to uint8 in between; and it needs torch alone (torch's uint8 kernel is the one torchvision calls).
+"""
+
+import base64
+import copy
+import inspect
+import io
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.processing_utils import ImagesKwargs
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+COVERAGE_CAP = 0.6  # published score: a grid gains nothing by holding more than 60 % of the doubled picture's pixels
+MAX_NUM_TILES = 1024  # the candidate list, and with it an absurd configuration, stays small
+BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, less repeats the filter set-up too often
+MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 picture passes every limit on area and needs 800 GB on the way
+READ_BYTES = 1 << 17  # source pixels copied out of Pillow at once
+
+# What Pillow's decoders raise on broken files.
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
+    *(RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+class NemotronVLImagesKwargs(ImagesKwargs, total=False):
+    """Options of one call, beyond transformers' own; `NemotronVLImageProcessor` says what they mean."""
+
+    image_size: int
+    max_num_tiles: int
+    use_thumbnail: bool
+    upscale: int
+    do_convert_rgb: bool
+    patch_size: int
+    downsample_ratio: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which grid: pure functions of the picture's size
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def candidate_grids(max_num_tiles: int) -> tuple[tuple[int, int], ...]:
+    """All grids `(columns, rows)` of at most `max_num_tiles` tiles, in the order in which the published code tries them.
+
+    That order settles ties: by number of tiles and, within one number, as CPython iterates over the set of all
+    grids. It depends on the maximum, so a shorter list is not a prefix of a longer one.
+
+    Raises:
+        ValueError: if `max_num_tiles` is not in 1..1024.
+    """
+    if not 1 <= max_num_tiles <= MAX_NUM_TILES:
+        raise ValueError(f"max_num_tiles must be in 1..{MAX_NUM_TILES}, got {max_num_tiles}.")
+    grids = set()
+    for longer in range(1, max_num_tiles + 1):  # the published triple loop, without the insertions that change nothing
+        for shorter in range(1, min(longer, max_num_tiles // longer + 1)):
+            grids.add((shorter, longer))
+        for shorter in range(1, min(longer, max_num_tiles // longer) + 1):
+            grids.add((longer, shorter))
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def select_tile_grid(
+    height: int, width: int, *, image_size: int = 512, max_num_tiles: int = 12, upscale: int = 2
+) -> tuple[int, int]:
+    """Choose the grid of tiles for a picture of `height` x `width` pixels.
+
+    Args:
+        height, width: size of the picture as given, before the doubling.
+        image_size: side of a tile in pixels.
+        max_num_tiles: largest number of tiles, thumbnail not counted.
+        upscale: 2 doubles the picture first (published), 1 does not (vLLM, Megatron-LM).
+
+    Returns:
+        `(rows, columns)` of the first candidate with the highest score: coverage of the pixels, capped, times how
+        close the aspect ratios are. Evaluated in double precision in the published association: rounding breaks ties.
+
+    Raises:
+        ValueError: if a side is not positive.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"A picture needs at least 1x1 pixels, got height={height}, width={width}.")
+    height, width = upscale * height, upscale * width
+    area, aspect = width * height, width / height
+    best_score, best_grid = -math.inf, (1, 1)
+    for columns, rows in candidate_grids(max_num_tiles):
+        ratio = columns / rows
+        score = min((columns * rows * image_size * image_size) / area, COVERAGE_CAP) * min(
+            ratio / aspect, aspect / ratio
+        )
+        if score > best_score:
+            best_score, best_grid = score, (rows, columns)
+    return best_grid
+
+
+def count_tiles(
+    height: int,
+    width: int,
+    *,
+    image_size: int = 512,
+    max_num_tiles: int = 12,
+    use_thumbnail: bool = True,
+    upscale: int = 2,
+) -> int:
+    """Number of tiles of a picture of `height` x `width` pixels, thumbnail included; see `select_tile_grid`."""
+    rows, columns = select_tile_grid(
+        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale
+    )
+    return rows * columns + int(use_thumbnail and rows * columns > 1)
+
+
+def undo_normalization(
+    pixel_values: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> torch.Tensor:
+    """Turn tiles normalised as `(pixels - mean) / std` back to 0..1, what the 8B V1 expects.
+
+    InternVL clients send ImageNet-normalised tiles, hence the defaults.
+
+    Args:
+        pixel_values: `(..., 3, height, width)`, any float dtype, on any device; not changed.
+        mean, std: per channel, in the order red, green, blue.
+
+    Returns:
+        A new tensor of the same shape, dtype and device, clamped to 0..1 (half precision overshoots a little).
+    """
+    scale, shift = (
+        torch.tensor(v, dtype=torch.float32, device=pixel_values.device).view(3, 1, 1) for v in (std, mean)
+    )
+    return (pixel_values.float() * scale + shift).clamp(0, 1).to(pixel_values.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any input -> an RGB picture: a PIL image of mode RGB, or a uint8 array (height, width, 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flatten_images(images: Any) -> Iterator[Any]:
+    """Yield the pictures of a picture, a list, nested lists or a batched 4-dimensional array, in order."""
+    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
+        for image in images:
+            yield from flatten_images(image)
+    else:
+        yield images
+
+
+def load_picture(
+    image: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None
+) -> Image.Image | np.ndarray:
+    """Read whatever a caller gives as a picture into RGB; see `NemotronVLImageProcessor` for the rules.
+
+    Returns:
+        A decoded PIL image of mode RGB, or a uint8 array `(height, width, 3)`, perhaps a view of the caller's.
+
+    Raises:
+        ValueError: if a file cannot be decoded completely, or an array is ambiguous, out of range or empty.
+        TypeError: if `image` is of no supported kind.
+    """
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        picture = _array_to_rgb(image, do_convert_rgb, input_data_format)
+    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        try:
+            picture = _decode(image) if isinstance(image, Image.Image) else _decode_file(image)
+            picture = _pil_to_rgb(picture, do_convert_rgb)
+        except DECODING_ERRORS as error:
+            shown = f"{image[:60]!r}..." if isinstance(image, (str, bytes)) and len(image) > 60 else repr(image)
+            raise ValueError(
+                f"The picture {shown} cannot be used: {str(error) or type(error).__name__}. Give a complete picture "
+                "that Pillow decodes (PNG, JPEG, WebP, TIFF, ...); render the pages of a PDF to pictures first."
+            ) from error
+    else:
+        raise TypeError(
+            f"A picture is a PIL image, a NumPy array, a torch tensor, a path, the bytes or the base64 text of a "
+            f"picture file, or a list of those; got {type(image).__name__}."
+        )
+    _check_size(*_picture_size(picture))
+    return picture
+
+
+def _check_size(height: int, width: int) -> None:
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(
+            f"The sides of a picture must be in 1..{MAX_SIDE} pixels, got height={height}, width={width}. "
+            "Cut a longer one into pages."
+        )
+
+
+def _picture_size(picture: Image.Image | np.ndarray) -> tuple[int, int]:
+    return (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    if image.format == "EPS":
+        raise ValueError("EPS is a program for Ghostscript, which is not run; convert it to PNG first")
+    _check_size(image.height, image.width)
+    image.load()
+    return image
+
+
+def _decode_file(source: str | os.PathLike | bytes | bytearray | memoryview) -> Image.Image:
+    """Decode a path, `file:` or `data:` URL, base64 text or bytes; first frame, turned upright by its EXIF tag."""
+    if isinstance(source, str):
+        if source.startswith(("http://", "https://")):
+            raise ValueError("pictures are not fetched from the network; download it and pass the path or the bytes")
+        if source.startswith("file://"):
+            source = url2pathname(urlsplit(source).path)
+        elif source.startswith("data:") or not os.path.isfile(source):
+            encoded = source.partition(",")[2] if source.startswith("data:") else source
+            try:
+                source = base64.b64decode("".join(encoded.split()), validate=True)
+            except ValueError as error:
+                raise ValueError("it is neither an existing file nor base64 text") from error
+    with Image.open(source if isinstance(source, str | os.PathLike) else io.BytesIO(source)) as image:
+        ImageOps.exif_transpose(_decode(image), in_place=True)
+    return image
+
+
+def _pil_to_rgb(image: Image.Image, do_convert_rgb: bool) -> Image.Image | np.ndarray:
+    transparent = image.has_transparency_data
+    if image.mode == "RGB" and not (transparent and do_convert_rgb):
+        return image
+    if not do_convert_rgb:
+        raise ValueError(f"the model takes RGB, its mode is {image.mode!r} and do_convert_rgb is False")
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _deep_grey_to_rgb(np.asarray(image), image.mode)
+    if not transparent:
+        return image.convert("RGB")
+    if image.mode == "La":  # Pillow leaves premultiplied grey in two steps only
+        image = image.convert("LA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _deep_grey_to_rgb(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale 16-bit, 32-bit and float grey `(height, width)` to 0..255; the white point is that of the mode."""
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    white = 255 if mode == "I" and high <= 255 else 65535
+    if mode == "F":
+        white = 1 if high <= 1 else 255
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"its mode {mode!r} needs values in 0..{white}, got {low}..{high}; rescale it to 0..255")
+    grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
+    return np.broadcast_to(grey[..., None], (*grey.shape, 3))
+
+
+def _array_to_rgb(array: np.ndarray | torch.Tensor, do_convert_rgb: bool, input_data_format: str | None) -> np.ndarray:
+    """Grey `(H, W)`, or `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels; uint8, or float in 0..1 -> uint8 RGB."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    array = _channels_last_view(array, input_data_format)
+    if np.issubdtype(array.dtype, np.floating) and array.size:
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -0.5 / 255 and high <= 1 + 0.5 / 255):  # not: so that NaN is refused as well
+            raise ValueError(
+                f"A float picture must lie in 0..1, got {low:g}..{high:g}. Divide levels in 0..255 by 255 or pass them "
+                "as uint8; undo_normalization takes a mean and standard deviation off again."
+            )
+        array = np.rint(array * 255).clip(0, 255).astype(np.uint8)
+    elif array.dtype != np.uint8 and array.size:
+        raise TypeError(
+            f"A picture array must be uint8 in 0..255 or float in 0..1, got {array.dtype}. Convert it, for example "
+            "16-bit levels with (array // 257).astype('uint8')."
+        )
+    num_channels = array.shape[-1]
+    if num_channels == 4 and array.size:
+        return np.asarray(_pil_to_rgb(Image.fromarray(np.ascontiguousarray(array)), do_convert_rgb))
+    if num_channels == 1 and not do_convert_rgb:
+        raise ValueError("The model takes RGB, the array has 1 channel and do_convert_rgb is False.")
+    return np.broadcast_to(array, (*array.shape[:2], 3)) if num_channels == 1 else array
+
+
+def _channels_last_view(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
+    """View an array as `(height, width, channels)`, channels 1, 3 or 4, or say why that is not possible."""
+    if array.ndim == 2:
+        return array[..., None]
+    fits = [array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1)]
+    wanted = {"channels_first": (True, False), "channels_last": (False, True), None: (True, True)}
+    name = getattr(input_data_format, "value", input_data_format)
+    if name not in wanted:
+        raise ValueError(f"input_data_format must be 'channels_first' or 'channels_last', got {input_data_format!r}.")
+    first, last = (fit and want for fit, want in zip(fits, wanted[name], strict=True))
+    if first == last:
+        problem = "can be read either way" if first else f"does not fit input_data_format={name!r}"
+        raise ValueError(
+            f"A picture array of shape {array.shape} {problem}. It must be (height, width), or 1, 3 or 4 channels "
+            "first or last; input_data_format='channels_first' or 'channels_last' says which."
+        )
+    return array.transpose(1, 2, 0) if first else array
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An RGB picture -> uint8 tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _channels_last_empty(height: int, width: int, num_channels: int) -> torch.Tensor:
+    # NumPy asks the kernel for huge pages, torch does not: first touch of a big buffer costs a third.
+    return torch.from_numpy(np.empty((1, height, width, num_channels), np.uint8)).permute(0, 3, 1, 2)
+
+
+def _resize_into(out: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Resize uint8 `(1, channels, height, width)` to the size of `out`; the kernel is fast if both are channels-last."""
+    torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], False, None, None, out=out)
+    return out
+
+
+def _upscaled_bands(picture: Image.Image | np.ndarray, upscale: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield `(first row, band)` of the upscaled picture, top to bottom; a band lives until the next one is asked for.
+
+    Doubling needs one row above and one below a band; what those rows double to is left out. Bands of a PIL image
+    have a meaningless fourth channel: Pillow stores it, and copying it is cheaper than dropping it.
+    """
+    height, width = _picture_size(picture)
+    num_channels = 4 if isinstance(picture, Image.Image) else 3
+    band_height = min(height, max(1, BAND_BYTES // (num_channels * width)))
+    margin = 1 if upscale > 1 else 0
+    source = _channels_last_empty(band_height + 2 * margin, width, num_channels)
+    upscaled = _channels_last_empty(upscale * source.shape[2], upscale * width, num_channels) if margin else source
+    for start in range(0, height, band_height):
+        stop = min(start + band_height, height)
+        top, bottom = max(start - margin, 0), min(stop + margin, height)
+        rows = source[:, :, : bottom - top]
+        _copy_rows(picture, top, rows[0].permute(1, 2, 0).numpy())
+        band = _resize_into(upscaled[:, :, : upscale * (bottom - top)], rows) if margin else rows
+        yield upscale * start, band[:, :, upscale * (start - top) : upscale * (stop - top)]
+
+
+def _copy_rows(picture: Image.Image | np.ndarray, top: int, out: np.ndarray) -> None:
+    """Copy the rows of a picture from `top` on to `out`, uint8 `(num_rows, width, 3)`, of a PIL image with 4 channels."""
+    num_rows, width, _ = out.shape
+    if isinstance(picture, np.ndarray):
+        out[...] = picture[top : top + num_rows]
+        return
+    step = max(1, READ_BYTES // (4 * width))
+    for row in range(0, num_rows, step):
+        strip = out[row : row + step]
+        raw = picture.crop((0, top + row, width, top + row + len(strip))).tobytes("raw", "RGBX")
+        strip[...] = np.frombuffer(raw, np.uint8).reshape(strip.shape)
+
+
+def cut_tiles(
+    picture: Image.Image | np.ndarray,
+    *,
+    image_size: int = 512,
+    max_num_tiles: int = 12,
+    use_thumbnail: bool = True,
+    upscale: int = 2,
+) -> list[torch.Tensor]:
+    """Cut an RGB picture into tiles.
+
+    Args:
+        picture: PIL image of mode RGB or uint8 array `(height, width, 3)`.
+        image_size, max_num_tiles, upscale: see `select_tile_grid`.
+        use_thumbnail: append the whole picture as the last tile unless the grid is 1x1.
+
+    Returns:
+        uint8 tiles `(3, image_size, image_size)` on the CPU, row by row; views of shared buffers, not contiguous.
+    """
+    height, width = _picture_size(picture)
+    rows, columns = select_tile_grid(
+        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale
+    )
+    grids = [(rows, columns)] + ([(1, 1)] if use_thumbnail and rows * columns > 1 else [])
+    narrowed = []
+    for first_row, band in _upscaled_bands(picture, upscale):
+        if not narrowed:
+            narrowed = [_channels_last_empty(upscale * height, image_size * c, band.shape[1]) for _, c in grids]
+        for target in narrowed:
+            _resize_into(target[:, :, first_row : first_row + band.shape[2]], band)
+    tiles = []
+    for (rows, columns), image in zip(grids, narrowed, strict=True):
+        canvas = _channels_last_empty(image_size * rows, image_size * columns, image.shape[1])
+        for strip in _resize_into(canvas, image)[0, :3].split(image_size, dim=1):
+            tiles += strip.split(image_size, dim=2)
+    return tiles
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NemotronVLImageProcessor(BaseImageProcessor):
+    """Turns pictures into the tiles of a Nemotron Nano VL model. Every option can be given here and per call.
+
+    What counts as a picture, alone, in a list or in nested lists (taken in order):
+
+    * PIL images of every mode, as the pixels they hold: like the published code, no EXIF orientation is applied
+      (`PIL.ImageOps.exif_transpose` does), and of several frames the current one is used. Transparency is composited
+      on white. I;16 is read as 0..65535; I too, or as 0..255 if nothing is above 255; F as 0..1, or as 0..255 if
+      something is above 1. An image that was not decoded yet is decoded here, so decode it before sharing it
+      between threads.
+    * Files: a path, a `file:` or `data:` URL, base64 text or bytes. First frame, turned upright by the EXIF
+      orientation, as transformers' own `load_image` does. Nothing is fetched from the network, EPS is not run;
+      Pillow's limit on the number of pixels and ours of 100,000 on a side hold before anything is decoded.
+    * NumPy arrays and torch tensors `(H, W)`, `(H, W, C)` or `(C, H, W)`, also batched in four dimensions, with 1, 3
+      or 4 channels (RGBA); uint8 in 0..255 or float in 0..1. Shapes that can be read either way need
+      `input_data_format`.
+
+    Args:
+        image_size: side of a tile in pixels, a multiple of `patch_size / downsample_ratio`.
+        max_num_tiles: most tiles of one picture, thumbnail not counted.
+        use_thumbnail: append the whole picture as one more tile when it was cut into several.
+        upscale: 2 doubles every picture first, as published; 1 does not, as in vLLM and Megatron-LM.
+        do_rescale: multiply the levels 0..255 by `rescale_factor`; False returns them as they are, as uint8 (unless
+            `do_normalize` makes them float32), a quarter of the bytes to carry.
+        rescale_factor: 1/255 gives 0..1.
+        do_normalize: subtract `image_mean` and divide by `image_std` (per channel), for models whose tower does not.
+        image_mean, image_std: three numbers each, on the scale of the rescaled values.
+        do_convert_rgb: convert what is not RGB; False raises a ValueError for such a picture.
+        device: where the result lives; tiles travel there as uint8. Not saved.
+        patch_size, downsample_ratio: of the model, for counting its image tokens.
+        kwargs: unknown configuration keys are kept and saved again.
+    """
+
+    model_input_names = ["pixel_values", "num_patches"]
+    valid_kwargs = NemotronVLImagesKwargs
+
+    def __init__(
+        self,
+        image_size: int = 512,
+        max_num_tiles: int = 12,
+        use_thumbnail: bool = True,
+        upscale: int = 2,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = False,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        do_convert_rgb: bool = True,
+        device: str | torch.device | None = None,
+        patch_size: int = 16,
+        downsample_ratio: float = 0.5,
+        **kwargs: Any,
+    ):
+        # A published checkpoint names its own class here; `to_dict` names ours.
+        kept = {name: value for name, value in kwargs.items() if name not in ("auto_map", "image_processor_type")}
+        hidden = [name for name in kept if callable(getattr(type(self), name, None)) or name.startswith("__")]
+        if hidden:
+            raise ValueError(f"The configuration keys {hidden} would hide methods of this class; remove them.")
+        super().__init__(**kept)
+        self.image_size = image_size
+        self.max_num_tiles = max_num_tiles
+        self.use_thumbnail = use_thumbnail
+        self.upscale = upscale
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.do_convert_rgb = do_convert_rgb
+        self.device = device
+        self.patch_size = patch_size
+        self.downsample_ratio = downsample_ratio
+        self._options({})
+
+    def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """See `preprocess`."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        *,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Cut pictures into tiles.
+
+        Args:
+            images: a picture or (nested) lists of pictures; an empty list gives an empty result.
+            return_tensors: None, "pt" or "np".
+            input_data_format: "channels_first" or "channels_last", for arrays.
+            kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping` and
+                `data_format="channels_first"` are accepted from older clients and change nothing.
+
+        Returns:
+            `pixel_values`: `(num_tiles, 3, image_size, image_size)`, float32 in 0..1 by default, the tiles of all
+            pictures one after the other, stacked whatever `return_tensors` says. `num_patches`: tiles of each
+            picture, thumbnail included: a list, or with `return_tensors` an int64 tensor or array.
+
+        Raises:
+            ValueError, TypeError: for unreadable pictures (see `load_picture`) and wrong options.
+        """
+        options = self._options(kwargs)
+        return_tensors = getattr(return_tensors, "value", return_tensors)
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors must be None, 'pt' or 'np', got {return_tensors!r}.")
+        pictures = [
+            load_picture(image, do_convert_rgb=options["do_convert_rgb"], input_data_format=input_data_format)
+            for image in flatten_images(images)
+        ]
+        tiling = {name: options[name] for name in TILING_OPTIONS}
+        num_patches = [count_tiles(*_picture_size(picture), **tiling) for picture in pictures]
+        pixel_values = self._allocate(sum(num_patches), options)
+        targets = pixel_values.split(num_patches) if pictures else ()
+        for picture, target in zip(pictures, targets, strict=True):
+            self._fill(target, cut_tiles(picture, **tiling), options)
+        if return_tensors == "np":
+            pixel_values, num_patches = pixel_values.cpu().numpy(), np.array(num_patches, np.int64)
+        elif return_tensors == "pt":
+            num_patches = torch.tensor(num_patches, dtype=torch.int64)
+        return BatchFeature({"pixel_values": pixel_values, "num_patches": num_patches})
+
+    @staticmethod
+    def _allocate(num_tiles: int, options: dict[str, Any]) -> torch.Tensor:
+        shape = (num_tiles, 3, options["image_size"], options["image_size"])
+        dtype = torch.float32 if options["do_rescale"] or options["do_normalize"] else torch.uint8
+        if options["device"].type == "cpu":  # huge pages, as in _channels_last_empty
+            return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.uint8))
+        return torch.empty(shape, dtype=dtype, device=options["device"])
+
+    @staticmethod
+    def _fill(target: torch.Tensor, tiles: Sequence[torch.Tensor], options: dict[str, Any]) -> None:
+        """Write the tiles of one picture to their place, rescaled there: the same float32 products on every device."""
+        levels = torch.stack(list(tiles)).to(target.device) if target.device.type != "cpu" else tiles
+        for tile, tile_levels in zip(target, levels, strict=True):
+            tile.copy_(tile_levels)
+            if options["do_rescale"]:
+                tile.mul_(options["rescale_factor"])
+        if options["do_normalize"]:
+            mean, std = (torch.tensor(options[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
+            target.sub_(mean.view(3, 1, 1).to(target.device)).div_(std.view(3, 1, 1).to(target.device))
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Tiles of a picture of `height` x `width` pixels, thumbnail included, under the options of a call."""
+        options = self._options(images_kwargs or {})
+        tiling = {name: options[name] for name in TILING_OPTIONS}
+        return count_tiles(height, width, **tiling)
+
+    def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Image tokens of a picture of `height` x `width` pixels, the `<img>` and `</img>` around them not counted."""
+        options = self._options(images_kwargs or {})
+        tokens_per_side = options["image_size"] // _pixels_per_token(options)
+        return self.get_number_of_image_patches(height, width, images_kwargs) * tokens_per_side**2
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The processor's options with those of one call put over them, checked; `device` becomes a torch.device."""
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in ("use_fast", "disable_grouping", "return_tensors", "input_data_format"):
+            given.pop(name, None)
+        data_format = given.pop("data_format", "channels_first")
+        if getattr(data_format, "value", data_format) != "channels_first":
+            raise ValueError(f"pixel_values are channels_first, data_format={data_format!r} is not supported.")
+        unknown = sorted(set(given) - set(OPTIONS))
+        if unknown:
+            raise TypeError(f"Unknown options {unknown} for {type(self).__name__}. It knows {sorted(OPTIONS)}.")
+        options = {name: given.get(name, getattr(self, name)) for name in OPTIONS}
+        _check_options(options)
+        options["device"] = torch.device(options["device"] or "cpu")
+        return options
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a processor from a configuration and overriding options, in the same way on every transformers version.
+
+        Returns:
+            The processor, or `(processor, unused kwargs)` with `return_unused_kwargs=True`. Options that are null in
+            the configuration take their defaults.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        given = {**image_processor_dict, **{name: value for name, value in kwargs.items() if name in OPTIONS}}
+        processor = cls(**{name: value for name, value in given.items() if value is not None or name not in OPTIONS})
+        unused = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+        return (processor, unused) if return_unused else processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration to save.
+
+        `image_processor_type` is left out: it makes AutoImageProcessor of transformers 4.57 ask for torchvision.
+        """
+        saved = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "device"}
+        saved = {name: value for name, value in saved.items() if value is not None or name not in OPTIONS}
+        own_code = {"AutoImageProcessor": "image_processing.NemotronVLImageProcessor"}
+        saved["auto_map"] = {**own_code, **saved.get("auto_map", {})}  # a processor adds its own entry while saving
+        return {n: list(value) if isinstance(value, tuple) else copy.deepcopy(value) for n, value in saved.items()}
+
+
+OPTIONS = tuple(inspect.signature(NemotronVLImageProcessor).parameters)[:-1]  # all but **kwargs
+TILING_OPTIONS = ("image_size", "max_num_tiles", "use_thumbnail", "upscale")
+
+
+def _pixels_per_token(options: dict[str, Any]) -> int:
+    return options["patch_size"] * round(1 / options["downsample_ratio"])
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for options that cannot be honoured."""
+    for name in ("image_size", "max_num_tiles", "upscale", "patch_size"):
+        if type(options[name]) is not int:
+            raise TypeError(f"{name} must be an int, got {options[name]!r}.")
+    for name in ("use_thumbnail", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if type(options[name]) is not bool:
+            raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
+    for name in ("rescale_factor", "downsample_ratio"):
+        if not isinstance(options[name], (int, float)) or not 0 < options[name] <= 1:
+            raise ValueError(f"{name} must be a number above 0 and at most 1, got {options[name]!r}.")
+    if options["upscale"] not in (1, 2):
+        raise ValueError(f"upscale must be 2 (published) or 1 (no doubling), got {options['upscale']}.")
+    candidate_grids(options["max_num_tiles"])
+    if options["patch_size"] < 1 or options["image_size"] < 1 or options["image_size"] % _pixels_per_token(options):
+        raise ValueError(
+            f"image_size={options['image_size']} must be a positive multiple of patch_size / downsample_ratio = "
+            f"{options['patch_size']} / {options['downsample_ratio']} pixels per image token."
+        )
+    if options["do_normalize"]:
+        _check_statistics(options["image_mean"], options["image_std"])
+
+
+def _check_statistics(mean: Any, std: Any) -> None:
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(math.isfinite, values)):
+            raise ValueError(f"do_normalize needs {name} as three numbers, got {values!r}.")
+    if not all(std):
+        raise ValueError(f"image_std must not contain 0, got {std!r}.")
+
+
+NemotronVLImageProcessor.register_for_auto_class("AutoImageProcessor")
