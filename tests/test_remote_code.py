@@ -30,6 +30,7 @@ ENTRY_FILES = [
     "image_processing.py",
     "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py",
+    "quantization_nemotron_vl.py",
     "radio_model.py",
 ]
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
