@@ -53,6 +53,19 @@ LLAMA_3_1_8B_IMAGE_TOKEN_ID = 128256
 
 IMAGE_TOKEN = "<image>"
 
+# What every transformers config has; in a sub-config on disk the defaults of these say nothing.
+GENERIC_KEYS = (
+    "architectures",
+    "chunk_size_feed_forward",
+    "id2label",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
+
 
 def _agree(name: str, *values_with_sources: tuple[Any, str], default: Any = None) -> Any:
     """Return the one value that the given `(value, source)` pairs state, `default` when all are None.
@@ -453,9 +466,13 @@ class NemotronVLConfig(PretrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         published = _published_form(super().to_diff_dict())
+        generic = PretrainedConfig().to_dict()
         for name in ("llm_config", "vision_config"):
-            published[name] = _published_form(published[name])
-            published[name].pop("_name_or_path", None)  # a path of this machine
+            part = _published_form(published[name])
+            # transformers 5 writes the defaults that every config has; _name_or_path is a path of this machine.
+            noise = {key for key in GENERIC_KEYS if key in part and part[key] == generic.get(key)} | {"_name_or_path"}
+            published[name] = {key: value for key, value in part.items() if key not in noise}
+        published["llm_config"].pop("auto_map", None)  # only transformers' own Llama is ever built
         return published
 
 

@@ -221,13 +221,21 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
 
     Raises:
         ValueError: for a part of another type; nothing is dropped.
+        TypeError: for content that is neither text nor a list of parts.
     """
     parts = [content or ""] if content is None or isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (str, dict)) for part in parts):
+        raise TypeError(
+            f"The content of a message must be a string or a list of parts like {{'type': 'text', 'text': ...}}, got "
+            f"{content!r:.80}."
+        )
     text, images, after_image = "", [], False
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type")
         if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise TypeError(f"A text part needs a string under 'text', got {part!r:.80}.")
             piece = guard.protect(part["text"]) if guard else part["text"]
         elif kind in ("image", "image_url"):
             piece = IMAGE_TOKEN
@@ -432,6 +440,7 @@ class NemotronVLProcessor(ProcessorMixin):
                 f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
                 "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
             ) from error
+        tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
         return [image_processor, tokenizer]
 
     @property

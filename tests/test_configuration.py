@@ -106,6 +106,7 @@ def test_saved_config_is_spelled_for_every_version(tmp_path):
     assert saved["llm_config"]["rope_scaling"] == PUBLISHED["llm_config"]["rope_scaling"]
     assert "rope_parameters" not in saved["llm_config"]
     assert saved["torch_dtype"] == "bfloat16" and "dtype" not in saved
+    assert not {"id2label", "return_dict", "problem_type"} & ({*saved["llm_config"]} | {*saved["vision_config"]})
     assert "text_config" not in saved and "_name_or_path" not in json.dumps(saved)
 
 

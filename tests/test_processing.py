@@ -126,6 +126,12 @@ def test_unknown_content_parts_are_refused():
         flatten_content([{"type": "file", "file": {}}])
 
 
+@pytest.mark.parametrize("content", [{"type": "text", "text": "x"}, 3, [3], [{"type": "text"}], b"x"])
+def test_malformed_content_is_refused(content):
+    with pytest.raises(TypeError, match="must be a string or a list|needs a string"):
+        flatten_content(content)
+
+
 @pytest.mark.parametrize("kind", ["PIL", "path", "url", "base64", "data url", "numpy", "torch"])
 def test_pictures_come_in_every_form(processor, tmp_path, kind):
     SMALL.save(tmp_path / "p.png")

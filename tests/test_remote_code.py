@@ -153,3 +153,30 @@ def test_without_trust_it_is_refused_and_no_native_class_steps_in(doors):
 
 def test_a_spawned_worker_can_use_the_processor(doors):
     assert doors[0]["worker"] is True
+
+
+def test_code_named_inside_the_configs_is_never_run(tiny_checkpoint, tmp_path):
+    trap = tmp_path / "trap"
+    shutil.copytree(tiny_checkpoint, trap)
+    sprung = tmp_path / "sprung"
+    (trap / "evil.py").write_text(f"open({str(sprung)!r}, 'w').close()\nclass Evil: pass\n")
+    evil = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor"), "evil.Evil")
+    evil["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    for file, parts in {
+        "config.json": ("vision_config", "llm_config"),
+        "preprocessor_config.json": (),
+        "processor_config.json": ("image_processor",),
+        "tokenizer_config.json": (),
+    }.items():
+        content = json.loads((trap / file).read_text())
+        for holder in (content, *(content.setdefault(part, {}) for part in parts)):
+            holder["auto_map"] = evil
+        (trap / file).write_text(json.dumps(content))
+    model = Llama_Nemotron_Nano_VL.from_pretrained(trap)
+    processor = NemotronVLProcessor.from_pretrained(trap, trust_remote_code=True)
+    model(**encode(processor))
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path / "saved")
+    assert not sprung.exists()
+    for file in (tmp_path / "saved").glob("*.json"):
+        assert "evil" not in file.read_text(), file.read_text()
