@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 # The name under which transformers finds this quantiser. The published ones are not taken: "awq" is transformers' own,
 # "modelopt" may become so.
 QUANT_METHOD = "nemotron_vl_packed"
-STORED_METHODS = ("modelopt", "awq", QUANT_METHOD)
+STORED_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "awq", QUANT_METHOD)
 # What quantisers of full-precision checkpoints leave alone unless the caller decides.
 KEPT_MODULES = ("vision_model", "mlp1", "lm_head", "language_model.lm_head")  # transformers 4.57 wants full names
 
@@ -166,15 +166,15 @@ def decode_w4a16_awq(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) ->
 
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """`(rows, columns / 8)` int32 -> `(rows, columns)` int32 in 0..15."""
-    return torch.stack([(words >> shift) & 15 for shift in AWQ_SHIFTS], dim=-1).flatten(-2)
+    """`(rows, columns / 8)` int32 -> `(rows, columns)` uint8 in 0..15."""
+    return torch.stack([((words >> shift) & 15).to(torch.uint8) for shift in AWQ_SHIFTS], dim=-1).flatten(-2)
 
 
 def decode_awq_gemm(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """(code - zero) x scale per group of inputs, in float32, cast once. No zero-point offset of 1."""
     scales = tensors["scales"].float()
     codes = _unpack_awq(tensors["qweight"]).unflatten(0, (scales.shape[0], -1))
-    zeros = _unpack_awq(tensors["qzeros"])
+    zeros = _unpack_awq(tensors["qzeros"]).float()
     weight = (codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)
     return weight.flatten(0, 1).t().to(dtype)  # stored (in_features, out_features)
 
@@ -278,9 +278,20 @@ def detect_format(name: str, linear: nn.Module, tensors: Mapping[str, TensorHead
     elif main == "qweight" and dtype == "I32" and "g_idx" not in tensors:
         found = "AWQ GEMM"
     else:
-        _raise_unknown(name, quantised, "a layout that is not known here")
+        _raise_unknown(name, quantised, _guess_layout(tensors))
     _check_layout(name, FORMATS[found], rows, columns, tensors)
     return FORMATS[found]
+
+
+def _guess_layout(tensors: Mapping[str, TensorHeader]) -> str:
+    """Name a layout that is not supported, where its tensors give it away."""
+    if "weight_packed" in tensors:
+        return "the layout of compressed-tensors, which transformers loads when config.json says so"
+    if "g_idx" in tensors:
+        return "the layout of GPTQ"
+    if "qweight" in tensors and tensors["qweight"].dtype == "I16":
+        return "the layout of llm-awq v2 and of AutoAWQ's GEMV_FAST"
+    return "a layout that is not known here"
 
 
 def _check_layout(name: str, found: Format, rows: int, columns: int, tensors: Mapping[str, TensorHeader]) -> None:
@@ -307,7 +318,8 @@ def _check_layout(name: str, found: Format, rows: int, columns: int, tensors: Ma
         if header.dtype not in dtypes or header.shape not in shapes:
             raise ValueError(
                 f"{name}.{key} is {header}, but {found.name} stores {' or '.join(dtypes)} {list(shape)} for a layer of "
-                f"{rows} x {columns}. The file is damaged, or config.json belongs to another checkpoint."
+                f"{rows} x {columns}. The file is damaged, has another layout (AutoAWQ's GEMV, for one), or config.json "
+                "belongs to another checkpoint."
             )
     if (found.name == "NVFP4" and columns % NVFP4_BLOCK) or (found.name == "AWQ GEMM" and rows % 8):
         _raise_unknown(name, tensors, f"{found.name} cannot hold a layer of {rows} x {columns}")
@@ -647,8 +659,13 @@ def prepare_loading(
         return kwargs, None
     headers = read_headers(files)
     stored = _stored_quantization(config_class, pretrained_model_name_or_path, kwargs)
-    if stored and stored.get("quant_method") not in STORED_METHODS:
-        return kwargs, None  # another quantiser's checkpoint; transformers knows it or says that it does not
+    method = (stored or {}).get("quant_method")
+    if method is not None and method not in STORED_METHODS:  # transformers knows it, or says that it does not
+        if dequantize:
+            raise ValueError(
+                f"dequantize=True is for modelopt and AWQ; {pretrained_model_name_or_path} is {method!r}."
+            )
+        return kwargs, None
     quantised = any(is_quantised(name, header) for name, header in headers.items())
     if not quantised and not stored:
         return kwargs, None
@@ -669,7 +686,7 @@ def prepare_loading(
     register()
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
-        "stored": None if not stored or stored.get("quant_method") == QUANT_METHOD else stored,
+        "stored": stored if method not in (None, QUANT_METHOD) else None,
         "checkpoint_files": files,
     }
     if not dequantize:

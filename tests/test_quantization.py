@@ -571,6 +571,11 @@ DAMAGE = {
         r"qweight is I32 \[8, 64\]",
     ),
     "awq int16 (gemv_fast)": ("awq", _replace(f"{Q_PROJ}.qweight", lambda t: t.to(torch.int16)), r"I16 \[64, 8\]"),
+    "compressed-tensors": (
+        "nvfp4",
+        lambda tensors: tensors.__setitem__(f"{Q_PROJ}.weight_packed", tensors.pop(f"{Q_PROJ}.weight")),
+        "the layout of compressed-tensors",
+    ),
     "gptq": (
         "awq",
         lambda tensors: tensors.__setitem__(f"{Q_PROJ}.g_idx", torch.zeros(64, dtype=torch.int32)),
@@ -642,6 +647,17 @@ def test_a_quantised_checkpoint_is_not_quantised_again(quantised: dict):
         load(quantised["fp8"], quantization_config=FineGrainedFP8Config())
     with pytest.raises(ValueError, match="quantised already"):
         quantize.quantize_model(load(quantised["fp8"]), "nvfp4")
+
+
+def test_checkpoints_of_other_quantisers_are_left_to_transformers(quantised: dict, tmp_path: Path):
+    def foreign(config: dict) -> None:
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+
+    folder = edited(quantised["awq"], tmp_path, lambda tensors: None, foreign)
+    with pytest.raises(ValueError, match="dequantize=True is for modelopt and AWQ"):
+        load(folder, dequantize=True)
+    with pytest.raises((ImportError, ValueError)):  # transformers' own quantiser answers
+        load(folder)
 
 
 def test_damaged_files_are_named(quantised: dict, tmp_path: Path):
