@@ -266,6 +266,19 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         _check_counts(mask.sum(), image_features.shape[0])
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
+    def _insert_images(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_outputs: BaseModelOutputWithPooling | None,
+    ) -> torch.Tensor:
+        """Return `inputs_embeds` with the rows of the image tokens replaced by the images' features, in order."""
+        if image_outputs is None or not len(image_outputs.pooler_output):
+            return inputs_embeds
+        image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return inputs_embeds.masked_scatter(mask, image_features)
+
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
             raise ValueError(
@@ -321,12 +334,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        image_features = None
-        if image_outputs is not None and len(image_outputs.pooler_output):
-            image_features = torch.cat(list(image_outputs.pooler_output))
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_outputs)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -347,7 +355,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_hidden_states=torch.cat(list(image_outputs.pooler_output)) if image_outputs is not None else None,
         )
 
     @torch.no_grad()
@@ -379,60 +387,90 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         """
         if visual_features is not None:
             projected = self._project(visual_features.to(self.mlp1[0].weight.device))
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(projected))}
+            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
             _check_pixel_range(pixel_values)
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
+        else:
+            image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
-            self._check_prompt(input_ids, kwargs)
+        if input_ids is not None and kwargs.get("prompt_embeds") is None:
+            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_outputs, kwargs.get("past_key_values"))
+        elif kwargs.get("inputs_embeds") is not None:
+            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_outputs)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _check_prompt(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    def _embed_prompt(
+        self, input_ids: torch.Tensor, image_outputs: BaseModelOutputWithPooling | None, past_key_values: Any | None
+    ) -> torch.Tensor | None:
+        """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
         window = self.config.max_sequence_length
         if input_ids.shape[1] >= window:
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens; the context of {window} tokens holds prompt and answer. "
                 "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
             )
-        # Ids whose images are already in the cache or in the embeddings cannot be counted.
-        counted = kwargs.get("past_key_values") is None and kwargs.get("inputs_embeds") is None
-        # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
-        if counted and self.config.image_token_id is not None:
-            image_outputs = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            features = image_outputs.pooler_output if image_outputs is not None else ()
-            _check_counts((input_ids == self.config.image_token_id).sum(), sum(len(rows) for rows in features))
+        if image_outputs is None or not len(image_outputs.pooler_output):
+            # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
+            if past_key_values is None and self.config.image_token_id is not None:
+                _check_counts((input_ids == self.config.image_token_id).sum(), 0)
+            return None
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        num_cached = _num_cached(past_key_values)  # images in the cache are not given again
+        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_outputs)
+        return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
-    def _expand_inputs_for_generation(
+    def prepare_inputs_for_generation(
         self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeat every sample `expand_size` times for beams and return sequences, its images as a group."""
-        mm_encoder_outputs = model_kwargs.pop("mm_encoder_outputs", None)
-        if mm_encoder_outputs and expand_size > 1:
-            tokens_per_sample = (input_ids == self._image_token_id()).sum(-1).tolist()
-            rows = torch.cat(list(mm_encoder_outputs["image"].pooler_output)).split(tokens_per_sample)
-            repeated = tuple(sample for sample in rows for _ in range(expand_size))
-            mm_encoder_outputs = {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        input_ids: torch.Tensor,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare one step; positions inside the prompt take the rows of `prompt_embeds`, later ones their ids.
+
+        So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
+        an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
+        """
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
-        if mm_encoder_outputs:
-            model_kwargs["mm_encoder_outputs"] = mm_encoder_outputs
-        return input_ids, model_kwargs
+        start = _num_cached(past_key_values) if prompt_embeds is not None else 0
+        if prompt_embeds is not None and start < prompt_embeds.shape[1]:
+            ids = model_inputs["input_ids"]
+            rows = prompt_embeds[:, start : start + ids.shape[1]]
+            written = self.get_input_embeddings()(ids[:, rows.shape[1] :])
+            model_inputs["inputs_embeds"] = torch.cat([rows, written], dim=1)
+            model_inputs["input_ids"] = None
+        return model_inputs
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("use_cache", True):
-            # The images are in the cache now. transformers 4.57 would pass them to every further step.
-            model_kwargs.pop("mm_encoder_outputs", None)
+            model_kwargs.pop("prompt_embeds", None)  # the prompt is in the cache now
         return model_kwargs
+
+    def _get_candidate_generator(
+        self,
+        *args: Any,
+        input_ids: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images."""
+        model_kwargs = dict(model_kwargs)
+        prompt_embeds = model_kwargs.pop("prompt_embeds", None)
+        if prompt_embeds is not None and getattr(assistant_model, "config_class", None) is self.config_class:
+            same_size = assistant_model.config.text_config.hidden_size == prompt_embeds.shape[-1]
+            own_embeds = prompt_embeds if same_size else assistant_model.get_input_embeddings()(input_ids)
+            model_kwargs["prompt_embeds"] = own_embeds
+        return super()._get_candidate_generator(
+            *args, input_ids=input_ids, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def chat(
         self,
@@ -612,6 +650,11 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
             answers.append(tokenizer.decode(new_ids[:end], skip_special_tokens=False).strip())
         return answers
+
+
+def _num_cached(past_key_values: Any | None) -> int:
+    """Positions that a cache already holds."""
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
