@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 OLD := $(CURDIR)/.venv-4.57
+# Two processes with a thread each: a file's tests stay together and share their fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -26,14 +28,14 @@ demo: $(VENV)/.run  ## chat about a bundled picture
 	$(PY) -m tools.demo
 
 test: $(VENV)/.dev  ## the fast suite, on the pinned transformers 5
-	$(PY) -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-4.57: $(OLD)/.run  ## the fast suite, on transformers 4.57
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q -m "not slow and not gpu"
+	PYTHONPATH=$(OLD) $(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev $(OLD)/.run  ## the slow tests too, on both
-	$(PY) -m pytest -q -m "slow and not gpu"
-	PYTHONPATH=$(OLD) $(PY) -m pytest -q -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
+	PYTHONPATH=$(OLD) $(PYTEST) -m "slow and not gpu"
 
 check: $(VENV)/.dev $(OLD)/.run  ## style, structure, and the fast suite on both versions
 	$(VENV)/bin/ruff check .

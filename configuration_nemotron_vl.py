@@ -495,6 +495,8 @@ class NemotronVLConfig(PretrainedConfig):
         names = ("img_context_token_id", "image_token_id")
         if config_dict and all(config_dict.get(name) is None for name in names):
             config_dict["img_context_token_id"] = read_image_token_id(pretrained_model_name_or_path, **hub_kwargs)
+        if config_dict and config_dict.get("quantization_config") is None:
+            config_dict = _with_quantization_config(config_dict, pretrained_model_name_or_path, **hub_kwargs)
         return config_dict, kwargs
 
     @classmethod
@@ -515,6 +517,63 @@ class NemotronVLConfig(PretrainedConfig):
         return published
 
 
+def _read_json(
+    pretrained_model_name_or_path: str | os.PathLike, filename: str, **hub_kwargs: Any
+) -> dict[str, Any] | None:
+    """Return the content of a JSON file of a checkpoint, None when it has no such file."""
+    if os.path.isfile(pretrained_model_name_or_path):
+        pretrained_model_name_or_path = os.path.dirname(pretrained_model_name_or_path) or "."
+    try:
+        path = cached_file(pretrained_model_name_or_path, filename, **hub_kwargs)
+    except OSError:  # what cached_file raises for a file that is not there
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _with_quantization_config(
+    config_dict: dict[str, Any], pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any
+) -> dict[str, Any]:
+    """Put at the top level what the language model's config or `hf_quant_config.json` says about quantisation."""
+    config_dict = dict(config_dict)
+    for name in ("llm_config", "text_config"):
+        part = config_dict.get(name)
+        if isinstance(part, dict) and part.get("quantization_config") is not None:
+            part = dict(part)
+            config_dict["quantization_config"] = part.pop("quantization_config")
+            config_dict[name] = part
+            return config_dict
+    described = _read_json(pretrained_model_name_or_path, "hf_quant_config.json", **hub_kwargs)
+    if described is not None:
+        config_dict["quantization_config"] = modelopt_quantization_config(described)
+    return config_dict
+
+
+def modelopt_quantization_config(described: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite the content of modelopt's `hf_quant_config.json` as the block that newer exports put into config.json.
+
+    Engines read both forms of the block; algorithms other than NVFP4 and FP8 keep the form of the file.
+    """
+    quantization = dict(described.get("quantization") or {})
+    quant_algo = quantization.get("quant_algo")
+    if quant_algo not in ("NVFP4", "FP8"):
+        return {"quant_method": "modelopt", **described}
+    group_size = {"group_size": quantization.get("group_size") or 16} if quant_algo == "NVFP4" else {}
+    tensors = {"dynamic": False, "num_bits": 4 if quant_algo == "NVFP4" else 8, "type": "float", **group_size}
+    block = {
+        "config_groups": {
+            "group_0": {"input_activations": dict(tensors), "weights": dict(tensors), "targets": ["Linear"]}
+        },
+        "ignore": list(quantization.get("exclude_modules") or []),
+        "quant_algo": quant_algo,
+        "producer": described.get("producer"),
+        "quant_method": "modelopt",
+    }
+    if quantization.get("kv_cache_quant_algo") == "FP8":
+        block["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    return block
+
+
 def read_image_token_id(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> int | None:
     """Return the id of `<image>` from the tokenizer files of a checkpoint, None when they do not name it.
 
@@ -522,15 +581,10 @@ def read_image_token_id(pretrained_model_name_or_path: str | os.PathLike, **hub_
         pretrained_model_name_or_path: directory or Hub id, as `from_pretrained` takes it.
         hub_kwargs: arguments of `transformers.utils.cached_file` (`subfolder`, `revision`, `cache_dir`, ...).
     """
-    if os.path.isfile(pretrained_model_name_or_path):
-        pretrained_model_name_or_path = os.path.dirname(pretrained_model_name_or_path) or "."
     for filename in ("tokenizer_config.json", "tokenizer.json"):
-        try:
-            path = cached_file(pretrained_model_name_or_path, filename, **hub_kwargs)
-        except OSError:  # what cached_file raises for a file that is not there
+        tokenizer = _read_json(pretrained_model_name_or_path, filename, **hub_kwargs)
+        if tokenizer is None:
             continue
-        with open(path, encoding="utf-8") as file:
-            tokenizer = json.load(file)
         decoder = tokenizer.get("added_tokens_decoder", {})
         added = [(token["content"], int(token_id)) for token_id, token in decoder.items()]
         added += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]

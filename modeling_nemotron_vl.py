@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
 
 logger = logging.get_logger(__name__)
@@ -125,6 +126,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         wants_info = kwargs.pop("output_loading_info", False)
         try:
+            kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
@@ -143,6 +145,8 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
                 "download is incomplete, or its config.json belongs to another checkpoint."
             )
+        if dequantization is not None:
+            dequantization.finish(model)
         return (model, info) if wants_info else model
 
 

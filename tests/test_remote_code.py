@@ -93,7 +93,7 @@ def doors(tiny_checkpoint, tmp_path_factory) -> tuple[dict, dict[str, torch.Tens
     (hub / "refs/main").write_text(COMMIT)
     repository = work / "repo-with.nano"
     shutil.copytree(tiny_checkpoint, repository / "nano", ignore=shutil.ignore_patterns("*.py"))
-    for name in [*ENTRY_FILES, "processor_config.json", "preprocessor_config.json"]:
+    for name in [*MODULES, "processor_config.json", "preprocessor_config.json"]:
         shutil.copy(ROOT / name, repository / name)
     out = work / "out"
     out.mkdir()
@@ -142,7 +142,7 @@ def test_each_route_opens_everything(doors, door):
 
 @pytest.mark.parametrize("name", ["export", "round trip"])
 def test_saving_brings_the_code_along(doors, name):
-    assert set(ENTRY_FILES) <= set(doors[0][name + " files"])
+    assert set(MODULES) <= set(doors[0][name + " files"])
     assert set(doors[0][name + " auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
     assert not [entry for entry in doors[0][name + " auto_map"].values() if "--" in entry]
 

@@ -89,6 +89,7 @@ class Inspection:
             f"{self.source}: {len(weights.tensors)} tensors, {num_bytes / 1e9:.3f} GB, "
             f"mostly {main_dtype(weights.tensors) or 'not plain'}, in {len(weights.files)} files"
         ]
+        lines += [f"  format:  {count} layers are {name}" for name, count in weights.formats.items()]
         lines += [f"  note:    {note}" for note in self.notes]
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         lines.append(f"{len(self.problems)} problems." if self.problems else "Every tensor fits the model.")
@@ -116,7 +117,7 @@ def inspect(source: Path) -> Inspection:
     found.problems += found.weights.problems
     found.notes += found.weights.notes
     announced = config_dict.get("quantization_config")
-    if announced and not any("quantised" in problem for problem in found.problems):
+    if announced and not found.weights.formats and not found.problems:
         method = announced.get("quant_method") if isinstance(announced, dict) else announced
         found.problems.append(
             f"config.json announces weights quantised by {method!r}, but they are plain. The config belongs to other "
@@ -377,15 +378,19 @@ def _bring(source: Path, target: Path, copy: bool) -> str:
         return "linked"
 
 
-def how_to_load(out: Path) -> str:
+def how_to_load(out: Path, quantised: bool = False) -> str:
     """Return the lines a user types next."""
+    modes = (
+        "\nThe weights stay packed in memory and are unpacked in every step; from_pretrained(..., dequantize=True) unpacks "
+        "them once: as much memory as the unquantised model, and faster wherever that fits."
+    )
     return f"""Load it:
   from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
   path = {str(out)!r}
   model = AutoModel.from_pretrained(path, torch_dtype="auto", trust_remote_code=True).eval()
   tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
   images = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)(["page.png"])
-  print(model.chat(tokenizer, question="What is the total?", generation_config={{"do_sample": False}}, **images))"""
+  print(model.chat(tokenizer, question="What is the total?", generation_config={{"do_sample": False}}, **images)){modes if quantised else ""}"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -412,7 +417,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"PROBLEM: {error}")
         return 1
-    print(f"{arguments.out} is ready, its weights are {how}.\n{how_to_load(arguments.out)}")
+    print(
+        f"{arguments.out} is ready, its weights are {how}.\n{how_to_load(arguments.out, bool(found.weights.formats))}"
+    )
     return 0
 
 

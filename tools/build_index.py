@@ -16,7 +16,7 @@ from typing import Any
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 
 from . import ROOT
-from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_shapes, make_index
+from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_tensors, make_index
 
 
 def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -> dict[str, Any]:
@@ -29,7 +29,7 @@ def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -
     """
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in expected_tensors(config, {})[0].items():
         tensor = Tensor(dtype, shape, file="")
         if shards[-1] and filled + tensor.num_bytes > max_shard_size * 1e9:
             shards.append({})

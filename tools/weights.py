@@ -7,7 +7,7 @@ with the model built on the meta device, and returns the problems as sentences. 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.quantization_nemotron_vl import TensorHeader, is_quantised, pack_linears, packed_linears
 from safetensors import safe_open
 
 SINGLE_FILE = "model.safetensors"
@@ -70,12 +71,14 @@ class WeightReport:
     Args:
         tensors: every stored tensor by name.
         files: the safetensors files that hold them.
+        formats: how many layers have which quantised format; empty for plain weights.
         problems: one sentence for each thing that is wrong; empty when the weights fit the config.
         notes: remarks that do not keep the weights from loading.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    formats: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -207,47 +210,29 @@ def read_tensors(folder: Path, report: WeightReport) -> None:
         )
 
 
-def _weight(tensors: Mapping[str, Tensor]) -> str:
-    return tensors["weight"].dtype if "weight" in tensors else ""
+def expected_tensors(
+    config: Any, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int], set[str]]:
+    """Return what the model of `config` saves when its weights are stored as `tensors` are.
 
+    Args:
+        config: the config; its model is built on the meta device.
+        tensors: everything the checkpoint stores; layers that it stores quantised are expected quantised.
 
-# Storage formats by the tensors of one module, in the order to try them. Everything here is refused for now; a format
-# that becomes readable leaves this table for a check of its own in `check_weights`.
-PACKED_FORMATS: dict[str, Callable[[Mapping[str, Tensor]], bool]] = {
-    "NVFP4 (modelopt)": lambda tensors: _weight(tensors) == "U8" and "weight_scale_2" in tensors,
-    "W4A16_AWQ (modelopt)": lambda tensors: _weight(tensors) == "U8" and "weight_scale" in tensors,
-    "FP8 (modelopt)": lambda tensors: _weight(tensors).startswith("F8") and "weight_scale" in tensors,
-    "compressed-tensors": lambda tensors: "weight_packed" in tensors,
-    "llm-awq": lambda tensors: "qweight" in tensors and tensors["qweight"].dtype == "I16",
-    "GPTQ": lambda tensors: "qweight" in tensors and "g_idx" in tensors,
-    "AWQ": lambda tensors: "qweight" in tensors,
-    "bitsandbytes": lambda tensors: _weight(tensors) in ("U8", "I8") and bool({"SCB", "weight.absmax"} & set(tensors)),
-    "an unknown packed format": lambda tensors: _weight(tensors) in ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2", "F4"),
-}
+    Returns:
+        name and shape of every tensor; how many layers have which quantised format; the names of their tensors.
 
-
-def packed_modules(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the format of every module whose weight is not stored as plain numbers."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if ".weight." in name:  # bitsandbytes hangs its constants below the weight
-            module, _, suffix = name.partition(".weight.")
-            suffix = f"weight.{suffix}"
-        modules.setdefault(module, {})[suffix] = tensor
-    found = {}
-    for module, own in modules.items():
-        packed = next((label for label, matches in PACKED_FORMATS.items() if matches(own)), None)
-        if packed:
-            found[module] = packed
-    return found
-
-
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor the model of `config` saves, from a model on the meta device."""
+    Raises:
+        ValueError: if a quantised layer is incomplete, of another shape, or of an unknown format.
+    """
     with torch.device("meta"):
         model = Llama_Nemotron_Nano_VL(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        headers = {
+            name: TensorHeader(own.dtype, own.shape, own.file, 0, own.num_bytes) for name, own in tensors.items()
+        }
+        formats = pack_linears(model, headers)
+    packed = {f"{name}.{key}" for name, layer in packed_linears(model) for key in layer.packed_tensors()}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, formats, packed
 
 
 def is_optional(name: str, config: Any) -> bool:
@@ -273,26 +258,18 @@ def check_weights(folder: Path, config: Any) -> WeightReport:
                 f"config.json asks for {num_layers} layers in {name}, but only {len(report.tensors)} tensors are here."
             )
             return report
+    if whole_files_are_missing and any(is_quantised(name, tensor) for name, tensor in report.tensors.items()):
+        return report  # the scales of a layer may be in a file that cannot be read
     try:
-        expected = expected_shapes(config)
+        expected, report.formats, packed = expected_tensors(config, report.tensors)
     except CONFIG_ERRORS as error:
-        report.problems.append(f"config.json describes no model that can be built: {error}")
+        report.problems.append(f"config.json describes no model that holds these weights: {error}")
         return report
-    packed = packed_modules(report.tensors)
-    for label in sorted(set(packed.values())):
-        modules = sorted(module for module, own in packed.items() if own == label)
-        report.problems.append(
-            f"{len(modules)} modules are quantised as {label} ({_some(modules)}); only BF16, FP16 and FP32 weights "
-            "can be adopted."
-        )
-    # The tensors of a packed module have names and shapes of their own.
-    plain = {name: tensor for name, tensor in report.tensors.items() if not _belongs_to(name, packed)}
-    expected = {name: shape for name, shape in expected.items() if not _belongs_to(name, packed)}
     if whole_files_are_missing:
         # What an unreadable file should hold is not missing a second time.
         expected = {name: shape for name, shape in expected.items() if name in report.tensors}
-    report.problems += compare(expected, plain, config)
-    report.notes += remarks(expected, plain, config)
+    report.problems += compare(expected, report.tensors, config, packed)
+    report.notes += remarks(expected, {n: t for n, t in report.tensors.items() if n not in packed}, config)
     return report
 
 
@@ -311,21 +288,21 @@ def check_values(folder: Path, report: WeightReport) -> list[str]:
     return [f"{len(broken)} tensors hold numbers that are NaN or infinite: {_some(broken)}. Download them again."]
 
 
-def _belongs_to(name: str, modules: Mapping[str, str]) -> bool:
-    return name.rpartition(".")[0] in modules or name.partition(".weight.")[0] in modules
-
-
-def compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any) -> list[str]:
-    """Return one sentence for each kind of difference between plain weights and the model."""
+def compare(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any, packed: set[str]
+) -> list[str]:
+    """Return one sentence for each kind of difference between weights and model; `packed` names quantised tensors."""
     missing = sorted(name for name in expected if name not in found and not is_optional(name, config))
     unexpected = sorted(name for name in found if name not in expected and not name.endswith("summary_idxs"))
-    both = sorted(expected.keys() & found.keys())
+    both = expected.keys() & found.keys()
     shapes = [
         f"{name} is {list(found[name].shape)}, the config asks for {list(expected[name])}"
-        for name in both
+        for name in sorted(both)
         if found[name].shape != expected[name]
     ]
-    dtypes = [f"{name} is {found[name].dtype}" for name in both if found[name].dtype not in PLAIN_DTYPES]
+    dtypes = [
+        f"{name} is {found[name].dtype}" for name in sorted(both - packed) if found[name].dtype not in PLAIN_DTYPES
+    ]
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_some(missing)}.")

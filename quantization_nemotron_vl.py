@@ -1,0 +1,846 @@
+"""Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
+
+safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
+stored names -> dequantised in every call, or once for all with `from_pretrained(..., dequantize=True)`.
+
+What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
+incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
+`v_scale` (KV cache) are kept and saved again, and change no number.
+"""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PretrainedConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_accelerate_available,
+    logging,
+)
+from transformers.utils.hub import cached_files
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if is_accelerate_available():
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+    from accelerate.utils import get_balanced_memory
+
+logger = logging.get_logger(__name__)
+
+# The name under which transformers finds this quantiser. The published ones are not taken: "awq" is transformers' own,
+# "modelopt" may become so.
+QUANT_METHOD = "nemotron_vl_packed"
+STORED_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "awq", QUANT_METHOD)
+# What quantisers of full-precision checkpoints leave alone unless the caller decides.
+KEPT_MODULES = ("vision_model", "mlp1", "lm_head", "language_model.lm_head")  # transformers 4.57 wants full names
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+
+TORCH_DTYPES = {
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16")
+PLAIN_DTYPES = (*FLOATS, "F64", "I64", "BOOL")
+# Names that only quantised checkpoints use, besides `weight` itself.
+COMPANIONS = (
+    *("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale"),  # modelopt
+    *("qweight", "qzeros", "scales", "scaled_zeros", "g_idx"),  # AutoAWQ, llm-awq, GPTQ
+    *("weight_packed", "weight_global_scale", "weight_zero_point", "weight_shape", "input_global_scale"),
+    "weight_scale_inv",  # compressed-tensors above, block-wise FP8 here
+)
+KV_CACHE_SCALES = ("k_scale", "v_scale")
+
+NVFP4_BLOCK = 16
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# AutoAWQ GEMM stores column 8c + i of an int32 word c in the nibble that starts at bit AWQ_SHIFTS[i].
+AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
+
+class TensorHeader(NamedTuple):
+    """Where a tensor of a safetensors file lies: its dtype in safetensors' words, its shape, its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor exactly as stored."""
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            data = bytearray(file.read(self.end - self.start))
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).reshape(self.shape)
+
+
+def read_headers(files: list[str]) -> dict[str, TensorHeader]:
+    """Read the headers of safetensors files, no weights.
+
+    Raises:
+        ValueError: if a file is shorter or longer than its header says, as after an interrupted download.
+    """
+    headers = {}
+    for path in files:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            # A page instead of a file, or a git-lfs pointer, gives an absurd size.
+            entries = json.loads(file.read(header_size)) if 8 + header_size <= size else None
+        if entries is None:
+            raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file. Download it again.")
+        entries.pop("__metadata__", None)
+        data = 8 + header_size
+        end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size:
+            raise ValueError(f"{path} has {size} bytes, but its header describes {end}. Download it again.")
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), path, data + start, data + end)
+    return headers
+
+
+# --- formats: what is stored for a Linear of `out_features` x `in_features`, and what weight it means ---
+
+
+@lru_cache(maxsize=8)
+def _e2m1_pairs(device: torch.device) -> torch.Tensor:
+    """For each byte the float32 values of its low and its high nibble, as one int64 `(256,)`: one gather for both."""
+    with torch.inference_mode(False):
+        magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
+        values = torch.cat((magnitudes, -magnitudes))
+        byte = torch.arange(256, device=device)
+        return torch.stack((values[byte & 15], values[byte >> 4]), dim=-1).view(torch.int64).flatten()
+
+
+def _scale_inputs(weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """modelopt's AWQ variants multiply the input by `pre_quant_scale`: the same as multiplying the columns by it."""
+    return weight * tensors["pre_quant_scale"].float() if "pre_quant_scale" in tensors else weight
+
+
+def decode_nvfp4(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """e2m1(code) x (block scale x global scale), the scales' product first, all in float32, one cast at the end."""
+    packed, block_scales = tensors["weight"], tensors["weight_scale"]
+    codes = torch.index_select(_e2m1_pairs(packed.device), 0, packed.flatten().int()).view(torch.float32)
+    scales = block_scales.float() * tensors["weight_scale_2"].float()
+    weight = codes.view(*block_scales.shape, NVFP4_BLOCK) * scales.unsqueeze(-1)
+    return _scale_inputs(weight.flatten(-2), tensors).to(dtype)
+
+
+def decode_fp8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """float32(weight) x scale, cast once. Gathered from the 256 possible results: CPUs convert float8 slowly."""
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    byte = torch.arange(256, dtype=torch.uint8, device=weight.device)
+    values = (byte.view(torch.float8_e4m3fn).float() * scale.float()).to(dtype)
+    return torch.index_select(values, 0, weight.view(torch.uint8).flatten().int()).view(weight.shape)
+
+
+def decode_w4a16_awq(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Signed int4 x group scale; low nibbles are even rows."""
+    packed, scales = tensors["weight"], tensors["weight_scale"]
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=1).flatten(0, 1)  # (out_features, in_features)
+    codes = (nibbles ^ 8).to(torch.float32) - 8
+    weight = (codes.unflatten(1, (scales.shape[1], -1)) * scales.float().unsqueeze(-1)).flatten(1)
+    return _scale_inputs(weight, tensors).to(dtype)
+
+
+def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
+    """`(rows, columns / 8)` int32 -> `(rows, columns)` uint8 in 0..15."""
+    return torch.stack([((words >> shift) & 15).to(torch.uint8) for shift in AWQ_SHIFTS], dim=-1).flatten(-2)
+
+
+def decode_awq_gemm(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """(code - zero) x scale per group of inputs, in float32, cast once. No zero-point offset of 1."""
+    scales = tensors["scales"].float()
+    codes = _unpack_awq(tensors["qweight"]).unflatten(0, (scales.shape[0], -1))
+    zeros = _unpack_awq(tensors["qzeros"]).float()
+    weight = (codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)
+    return weight.flatten(0, 1).t().to(dtype)  # stored (in_features, out_features)
+
+
+class Format(NamedTuple):
+    """A way to store the weight of a Linear.
+
+    Args:
+        name: as in modelopt's `quant_algo`, or AutoAWQ's name.
+        layout: (out_features, in_features, number of groups) -> {tensor: (dtypes, shape)}; a shape () also takes [1].
+        optional: as `layout`, tensors that may be absent.
+        grouped: the tensor and the dimension that tell the number of groups, None for formats without.
+        decode: (stored tensors, dtype) -> `(out_features, in_features)`.
+    """
+
+    name: str
+    layout: Callable[[int, int, int], dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]
+    optional: Callable[[int], dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]
+    grouped: tuple[str, int] | None
+    decode: Callable[[Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
+
+
+SCALAR = (("F32",), ())
+
+FORMATS = {
+    "NVFP4": Format(
+        "NVFP4",
+        lambda rows, columns, groups: {
+            "weight": (("U8",), (rows, columns // 2)),
+            "weight_scale": (("F8_E4M3",), (rows, columns // NVFP4_BLOCK)),
+            "weight_scale_2": SCALAR,
+        },
+        lambda columns: {"input_scale": SCALAR, "pre_quant_scale": (FLOATS, (columns,))},
+        None,
+        decode_nvfp4,
+    ),
+    "FP8": Format(
+        "FP8",
+        lambda rows, columns, groups: {"weight": (("F8_E4M3",), (rows, columns)), "weight_scale": SCALAR},
+        lambda columns: {"input_scale": SCALAR},
+        None,
+        decode_fp8,
+    ),
+    "W4A16_AWQ": Format(
+        "W4A16_AWQ",
+        lambda rows, columns, groups: {
+            "weight": (("U8",), (rows // 2, columns)),
+            "weight_scale": (("F32",), (rows, groups)),
+        },
+        lambda columns: {"input_scale": SCALAR, "pre_quant_scale": (FLOATS, (columns,))},
+        ("weight_scale", 1),
+        decode_w4a16_awq,
+    ),
+    "AWQ GEMM": Format(
+        "AWQ GEMM",
+        lambda rows, columns, groups: {
+            "qweight": (("I32",), (columns, rows // 8)),
+            "qzeros": (("I32",), (groups, rows // 8)),
+            "scales": (FLOATS, (groups, rows)),
+        },
+        lambda columns: {},
+        ("scales", 0),
+        decode_awq_gemm,
+    ),
+}
+
+
+def is_quantised(name: str, header: TensorHeader) -> bool:
+    """Say whether a tensor of a checkpoint belongs to a quantised module, by name or dtype."""
+    return name.rsplit(".", 1)[-1] in COMPANIONS or header.dtype not in PLAIN_DTYPES
+
+
+def detect_format(name: str, linear: nn.Module, tensors: Mapping[str, TensorHeader]) -> Format | None:
+    """Find out how the weight of a module is stored.
+
+    Args:
+        name: the module, for the messages.
+        linear: the module of the architecture, which knows `in_features` and `out_features`.
+        tensors: the stored tensors of the module by the last part of their names.
+
+    Returns:
+        the format, None for a plain weight.
+
+    Raises:
+        ValueError: for everything unknown, incomplete or of another shape, with key, dtype and shape.
+    """
+    main = next((key for key in ("qweight", "weight_packed", "weight") if key in tensors), None)
+    if main is None:
+        _raise_unknown(name, tensors, "scales without a weight")
+    quantised = {key: header for key, header in tensors.items() if is_quantised(key, header)}
+    if not quantised or all(key in KV_CACHE_SCALES for key in quantised):
+        return None
+    if not isinstance(linear, nn.Linear):
+        _raise_unknown(name, quantised, f"only Linear layers can be quantised, this is a {type(linear).__name__}")
+    rows, columns = linear.out_features, linear.in_features
+    dtype, shape = tensors[main].dtype, tensors[main].shape
+    if main == "weight" and dtype == "F8_E4M3":
+        found = "FP8"
+    elif main == "weight" and dtype == "U8":
+        found = "W4A16_AWQ" if shape == (rows // 2, columns) and "weight_scale_2" not in tensors else "NVFP4"
+    elif main == "qweight" and dtype == "I32" and "g_idx" not in tensors:
+        found = "AWQ GEMM"
+    else:
+        _raise_unknown(name, quantised, _guess_layout(tensors))
+    _check_layout(name, FORMATS[found], rows, columns, tensors)
+    return FORMATS[found]
+
+
+def _guess_layout(tensors: Mapping[str, TensorHeader]) -> str:
+    """Name a layout that is not supported, where its tensors give it away."""
+    if "weight_packed" in tensors:
+        return "the layout of compressed-tensors, which transformers loads when config.json says so"
+    if "g_idx" in tensors:
+        return "the layout of GPTQ"
+    if "qweight" in tensors and tensors["qweight"].dtype == "I16":
+        return "the layout of llm-awq v2 and of AutoAWQ's GEMV_FAST"
+    return "a layout that is not known here"
+
+
+def _check_layout(name: str, found: Format, rows: int, columns: int, tensors: Mapping[str, TensorHeader]) -> None:
+    """Raise unless exactly the tensors of the format are there, with its dtypes and shapes."""
+    groups = 1
+    if found.grouped and found.grouped[0] in tensors:
+        key, dim = found.grouped
+        groups = tensors[key].shape[dim] if len(tensors[key].shape) == 2 else 0
+        if not groups or columns % groups:
+            raise ValueError(
+                f"{name}.{key} is {tensors[key]}: its groups do not divide the {columns} inputs of the layer."
+            )
+    required, optional = found.layout(rows, columns, groups), found.optional(columns)
+    missing = [key for key in required if key not in tensors]
+    if missing:
+        _raise_unknown(name, tensors, f"{found.name} without {', '.join(missing)}")
+    for key, header in tensors.items():
+        if key == "bias" or (key in KV_CACHE_SCALES and header.dtype == "F32" and math.prod(header.shape) == 1):
+            continue
+        if key not in required and key not in optional:
+            _raise_unknown(name, tensors, f"{key} does not belong to {found.name}")
+        dtypes, shape = required.get(key) or optional[key]
+        shapes = (shape, (1,)) if shape == () else (shape,)
+        if header.dtype not in dtypes or header.shape not in shapes:
+            raise ValueError(
+                f"{name}.{key} is {header}, but {found.name} stores {' or '.join(dtypes)} {list(shape)} for a layer of "
+                f"{rows} x {columns}. The file is damaged, has another layout (AutoAWQ's GEMV, for one), or config.json "
+                "belongs to another checkpoint."
+            )
+    if (found.name == "NVFP4" and columns % NVFP4_BLOCK) or (found.name == "AWQ GEMM" and rows % 8):
+        _raise_unknown(name, tensors, f"{found.name} cannot hold a layer of {rows} x {columns}")
+
+
+def _raise_unknown(name: str, tensors: Mapping[str, TensorHeader], reason: str) -> None:
+    found = ", ".join(f"{name}.{key} {header}" for key, header in sorted(tensors.items()))
+    raise ValueError(
+        f"{name} is not stored in a way that can be loaded: {reason}. Found {found}. Known are modelopt's NVFP4, FP8 and "
+        "W4A16_AWQ and AutoAWQ's GEMM; write one of them with `python -m tools.quantize` from the BF16 checkpoint."
+    )
+
+
+# --- the layer ---
+
+
+class _PackedMatmul(torch.autograd.Function):
+    """`hidden_states @ weight.T` that keeps the packed weight for the backward pass, not the dequantised one."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
+        # The tensors, not the layer: hooks may have swapped them out when the backward pass comes.
+        ctx.format, ctx.tensors = layer.format, layer.packed_tensors()
+        return nn.functional.linear(hidden_states, layer.dequantized_weight(hidden_states.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.format.decode(ctx.tensors, gradient.dtype), None
+
+
+class PackedLinear(nn.Linear):
+    """A frozen Linear whose weight stays as stored; it is dequantised to the dtype of the input in every call.
+
+    Its parameters carry the names, dtypes and shapes of the file, so that saving writes the same layout back. It is an
+    nn.Linear for those who look for layers to adapt (peft).
+
+    Args:
+        linear: the layer it stands for; its bias is taken over.
+        stored: the format of the weight.
+        tensors: dtype and shape of the stored tensors.
+    """
+
+    def __init__(self, linear: nn.Linear, stored: Format, tensors: Mapping[str, TensorHeader]):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.format = stored
+        self.packed_names = tuple(key for key in tensors if key != "bias")
+        self.register_parameter("weight", None)  # not every format has one
+        for key in self.packed_names:
+            empty = torch.empty(tensors[key].shape, dtype=TORCH_DTYPES[tensors[key].dtype], device="meta")
+            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        self.bias = linear.bias
+        self._is_hf_initialized = True  # transformers must not draw random bytes for weights offloaded to disk
+        self.compute_dtype: torch.dtype | None = None  # what peft gives its adapters; the weight's may be float8
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by the last part of their names."""
+        return {key: self._parameters[key].detach() for key in self.packed_names}
+
+    @torch.no_grad()
+    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """`(out_features, in_features)`."""
+        return self.format.decode(self.packed_tensors(), dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+        if torch.is_grad_enabled() and hidden_states.requires_grad:
+            output = _PackedMatmul.apply(hidden_states, self)
+        else:
+            output = nn.functional.linear(hidden_states, self.dequantized_weight(hidden_states.dtype))
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
+        """Move with the model, but keep the stored dtypes: `model.to(dtype)` is about the computation."""
+        packed = {id(self._parameters[key]) for key in self.packed_names}
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(move, recurse)
+
+    def unpacked(self, dtype: torch.dtype) -> nn.Linear:
+        """Return a plain Linear with the dequantised weight."""
+        weight = self.dequantized_weight(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.contiguous())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format.name}"
+
+
+def pack_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> dict[str, int]:
+    """Replace the layers of a model on the meta device that a checkpoint stores quantised.
+
+    Args:
+        model: the model; its Linear layers tell the sizes.
+        headers: all tensors of the checkpoint.
+
+    Returns:
+        how many layers have which format.
+
+    Raises:
+        ValueError: as `detect_format`.
+    """
+    modules = dict(model.named_modules())
+    by_module: dict[str, dict[str, TensorHeader]] = {}
+    for name, header in headers.items():
+        module_name, _, key = name.rpartition(".")
+        by_module.setdefault(module_name, {})[key] = header
+    counts: dict[str, int] = {}
+    for name, tensors in by_module.items():
+        if not any(is_quantised(key, header) for key, header in tensors.items()):
+            continue
+        if name not in modules:
+            _raise_unknown(name, tensors, "the model has no such module")
+        stored = None
+        if not all(key in KV_CACHE_SCALES for key in tensors):
+            stored = detect_format(name, modules[name], tensors)
+        if stored is None:
+            _keep_cache_scales(name, modules[name], tensors)
+            continue
+        counts[stored.name] = counts.get(stored.name, 0) + 1
+        parent, _, attribute = name.rpartition(".")
+        setattr(modules[parent], attribute, PackedLinear(modules[name], stored, tensors))
+    return counts
+
+
+def _keep_cache_scales(name: str, module: nn.Module, tensors: Mapping[str, TensorHeader]) -> None:
+    """Give KV-cache scales of an unquantised module a place, so that they are loaded and saved again."""
+    for key in KV_CACHE_SCALES:
+        if key in tensors:
+            if tensors[key].dtype != "F32" or math.prod(tensors[key].shape) != 1:
+                _raise_unknown(name, tensors, f"{key} is not one float32 number")
+            empty = torch.empty(tensors[key].shape, dtype=torch.float32, device="meta")
+            module.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The packed layers of a model and their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+
+
+# --- transformers' side ---
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """What transformers carries about a checkpoint that this module runs.
+
+    Args:
+        stored: the checkpoint's own `quantization_config`, which saving writes back; None when it has none.
+        checkpoint_files: the safetensors files to load, needed during loading only.
+    """
+
+    def __init__(self, stored: dict[str, Any] | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any):
+        self.quant_method = QUANT_METHOD
+        self.stored = stored
+        self.checkpoint_files = checkpoint_files
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.stored or {})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class PackedQuantizer(HfQuantizer):
+    """Puts packed layers into a model before its weights are loaded."""
+
+    requires_calibration = True  # it loads what others have quantised
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.headers = read_headers(self.quantization_config.checkpoint_files)
+        counts = pack_linears(model, self.headers)
+        if self.quantization_config.stored is None:
+            self.quantization_config.stored = describe_formats(model)
+        logger.info(f"Packed layers: {counts}.")
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Say whether `create_quantized_param` must load a tensor (transformers 4.57 asks)."""
+        return param_name in self.headers and is_quantised(param_name, self.headers[param_name])
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: Any, **kwargs: Any
+    ) -> None:
+        """transformers 4.57 has cast the tensor to the model's dtype; a scale must stay as it is stored."""
+        header = self.headers[param_name]
+        if param_value.dtype != TORCH_DTYPES[header.dtype]:
+            param_value = header.read()
+        module, _, key = param_name.rpartition(".")
+        parameter = nn.Parameter(param_value.to(target_device), requires_grad=False)
+        model.get_submodule(module).register_parameter(key, parameter)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for _, layer in packed_linears(model):
+            layer.compute_dtype = model.get_input_embeddings().weight.dtype
+            for key in layer.packed_names:
+                getattr(layer, key).requires_grad_(False)
+        self._correct_offload_index(model)
+        self.quantization_config.checkpoint_files = None
+        model.config.quantization_config = self.quantization_config  # transformers 4.57 gave the model a copy
+        self.headers = {}
+        return model
+
+    def _correct_offload_index(self, model: nn.Module) -> None:
+        """transformers 4.57 lets accelerate read every tensor on disk in the model's dtype; give them their own."""
+        for name, layer in packed_linears(model):
+            index = getattr(getattr(getattr(layer, "_hf_hook", None), "weights_map", None), "dataset", None)
+            for key in layer.packed_names:
+                entry = getattr(index, "index", {}).get(f"{name}.{key}")
+                if entry is not None and "dtype" in entry:
+                    entry["dtype"] = str(getattr(layer, key).dtype).removeprefix("torch.")
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        unpack_linears(model, dtype)
+        for part in (model.config.get_text_config(), model.config.vision_config):
+            vars(part).pop("_pre_quantization_dtype", None)  # transformers 4.57 clears it at the top level only
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; the packed weights stay frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def describe_formats(model: nn.Module) -> dict[str, Any]:
+    """Write the `quantization_config` of packed layers whose checkpoint came without one, as engines read it."""
+    layers = dict(packed_linears(model))
+    names = sorted({layer.format.name for layer in layers.values()})
+    ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
+    if names == ["AWQ GEMM"]:
+        layer = next(iter(layers.values()))
+        group_size = layer.in_features // layer.scales.shape[0]
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ignore,
+        }
+    if not names:
+        return {"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    quant_algo = names[0] if len(names) == 1 else "MIXED_PRECISION"
+    return {"quant_method": "modelopt", "quant_algo": quant_algo, "ignore": ignore}
+
+
+def unpack_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace the packed layers of a loaded model by plain ones.
+
+    Args:
+        model: the model.
+        dtype: of the new weights, by default that of the input embeddings.
+
+    Raises:
+        ValueError: if weights are offloaded.
+    """
+    dtype = dtype or model.get_input_embeddings().weight.dtype
+    for name, layer in list(packed_linears(model)):
+        if any(tensor.device.type == "meta" for tensor in layer.packed_tensors().values()):
+            raise ValueError(
+                f"{name} is offloaded and cannot be dequantised in place. Load with from_pretrained(..., "
+                "dequantize=True): it dequantises first and offloads then."
+            )
+        parent, _, attribute = name.rpartition(".")
+        linear, hook = layer.unpacked(dtype), getattr(layer, "_hf_hook", None)
+        if hook is not None:  # accelerate's, which moves inputs between devices
+            remove_hook_from_module(layer)
+            add_hook_to_module(linear, hook)
+        setattr(model.get_submodule(parent), attribute, linear)
+
+
+def register() -> None:
+    """Tell transformers of this quantiser. Every copy of this file that is loaded registers anew: the last one wins."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
+
+
+# --- loading ---
+
+
+@dataclass
+class Dequantization:
+    """What `from_pretrained` has to do once the packed model is there.
+
+    Args:
+        placement: arguments for `place`, when the plain weights go to several devices.
+    """
+
+    placement: dict[str, Any] | None = None
+
+    def finish(self, model: nn.Module) -> None:
+        model.dequantize()
+        if self.placement:
+            place(model, **self.placement)
+
+
+def prepare_loading(
+    config_class: type[PretrainedConfig],
+    pretrained_model_name_or_path: str | os.PathLike | None,
+    kwargs: dict[str, Any],
+) -> tuple[dict[str, Any], Dequantization | None]:
+    """Look into a checkpoint and complete the arguments with which transformers loads it.
+
+    Args:
+        config_class: the model's configuration class.
+        pretrained_model_name_or_path: directory or Hub id.
+        kwargs: what `from_pretrained` was called with, `dequantize` included.
+
+    Returns:
+        arguments for `PreTrainedModel.from_pretrained`, and what to do after it.
+
+    Raises:
+        ValueError: for files that cannot be loaded, and for a second quantisation of a quantised checkpoint.
+    """
+    kwargs = dict(kwargs)
+    dequantize = kwargs.pop("dequantize", False)
+    _reject_packed_state_dict(kwargs.get("state_dict"))
+    if kwargs.get("quantization_config") is not None:
+        kwargs["quantization_config"] = _keep_modules(kwargs["quantization_config"])
+    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
+        return kwargs, None
+    files = checkpoint_files(pretrained_model_name_or_path, kwargs)
+    if files is None:
+        return kwargs, None
+    headers = read_headers(files)
+    stored = _stored_quantization(config_class, pretrained_model_name_or_path, kwargs)
+    method = (stored or {}).get("quant_method")
+    if method is not None and method not in STORED_METHODS:  # transformers knows it, or says that it does not
+        if dequantize:
+            raise ValueError(
+                f"dequantize=True is for modelopt and AWQ; {pretrained_model_name_or_path} is {method!r}."
+            )
+        return kwargs, None
+    quantised = any(is_quantised(name, header) for name, header in headers.items())
+    if not quantised and not stored:
+        return kwargs, None
+    config, kwargs = _load_config(config_class, pretrained_model_name_or_path, kwargs)
+    kwargs["config"] = config
+    if not quantised:
+        logger.warning(
+            f"The config of {pretrained_model_name_or_path} describes {stored.get('quant_algo') or stored}, but none of "
+            "its tensors is quantised; they are loaded as they are."
+        )
+        del config.quantization_config
+        return kwargs, None
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} is quantised already. Leave quantization_config out, or start from the "
+            "BF16 checkpoint."
+        )
+    register()
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "stored": stored if method not in (None, QUANT_METHOD) else None,
+        "checkpoint_files": files,
+    }
+    if not dequantize:
+        return kwargs, None
+    return kwargs, Dequantization(_take_placement(kwargs))
+
+
+def _reject_packed_state_dict(state_dict: Mapping[str, torch.Tensor] | None) -> None:
+    for name, tensor in (state_dict or {}).items():
+        if tensor.dtype in (torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2):
+            raise ValueError(
+                f"{name} is {tensor.dtype}: a quantised checkpoint can be loaded from its directory, not from "
+                "state_dict=."
+            )
+
+
+def _keep_modules(quantization_config: Any) -> Any:
+    """Have bitsandbytes, torchao and the like leave tower, projector and lm_head alone, unless the caller lists some."""
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if getattr(quantization_config, name, "absent") is None:
+            quantization_config = copy.deepcopy(quantization_config)
+            setattr(quantization_config, name, list(KEPT_MODULES))
+    return quantization_config
+
+
+def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str] | None:
+    """Find the safetensors files that transformers would load, None when there are none.
+
+    Args:
+        pretrained_model_name_or_path: directory or Hub id.
+        kwargs: arguments of `from_pretrained`; read are the Hub's, `variant` and `use_safetensors`.
+
+    Raises:
+        ValueError: for the `.pt` files of llm-awq.
+        FileNotFoundError: if the index names a file that is not there.
+    """
+    path = os.fspath(pretrained_model_name_or_path)
+    if path.endswith(".pt"):
+        _refuse_llm_awq(path)
+    if kwargs.get("use_safetensors") is False:
+        return None
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        name = name.replace(".safetensors", f"{variant}.safetensors", 1) if variant else name
+        file = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_kwargs,
+        )
+        if file is not None:
+            return [file] if name.endswith(".safetensors") else _shards(path, file, hub_kwargs)
+    folder = os.path.join(path, kwargs.get("subfolder") or "")
+    pickles = sorted(name for name in os.listdir(folder) if name.endswith(".pt")) if os.path.isdir(folder) else []
+    if pickles:
+        _refuse_llm_awq(os.path.join(folder, pickles[0]))
+    return None
+
+
+def _refuse_llm_awq(path: str) -> None:
+    raise ValueError(
+        f"{path} is a pickled torch file as llm-awq (TinyChat) writes them; it is not loaded. Quantise the BF16 "
+        "checkpoint into AutoAWQ's safetensors layout with `python -m tools.quantize DIR --format awq --out DIR`."
+    )
+
+
+def _shards(path: str, index_file: str, hub_kwargs: dict[str, Any]) -> list[str]:
+    with open(index_file, encoding="utf-8") as file:
+        names = sorted(set(json.load(file)["weight_map"].values()))
+    if not os.path.isdir(path):
+        return cached_files(path, names, **hub_kwargs)
+    files = [os.path.join(os.path.dirname(index_file), name) for name in names]
+    absent = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
+    if absent:
+        raise FileNotFoundError(
+            f"{index_file} names {len(names)} files, of which {', '.join(absent)} is not there. Download it."
+        )
+    return files
+
+
+def _stored_quantization(
+    config_class: type[PretrainedConfig], pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the checkpoint's description of its quantisation as a dict, None when there is none."""
+    config = kwargs.get("config")
+    if isinstance(config, PretrainedConfig):
+        stored = getattr(config, "quantization_config", None)
+    else:
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config_dict, _ = config_class.get_config_dict(config or pretrained_model_name_or_path, **hub_kwargs)
+        stored = config_dict.get("quantization_config")
+    return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
+
+
+def _load_config(
+    config_class: type[PretrainedConfig], pretrained_model_name_or_path: str | os.PathLike, kwargs: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return a config of our own to write into, and the arguments without those that went into it."""
+    config = kwargs.get("config")
+    if isinstance(config, PretrainedConfig):
+        return copy.deepcopy(config), kwargs
+    source = config or pretrained_model_name_or_path
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    config = config_class.from_pretrained(source, **hub_kwargs)
+    # As transformers does: arguments that are attributes of the config override it.
+    kept = ("dtype", "torch_dtype", "quantization_config", *HUB_ARGUMENTS)
+    overrides = {name: value for name, value in kwargs.items() if name not in kept and hasattr(config, name)}
+    if overrides:
+        config = config_class.from_pretrained(source, **hub_kwargs, **overrides)
+    return config, {name: value for name, value in kwargs.items() if name not in overrides}
+
+
+def _take_placement(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the arguments of a placement on several devices out of `kwargs`: plain weights are larger than packed ones,
+    so the model is dequantised in main memory and placed afterwards. One device needs no such detour."""
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, Mapping):
+        several = len(set(device_map.values())) > 1 or "disk" in device_map.values()
+    else:
+        several = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if not several:
+        return None
+    names = ("device_map", "max_memory", "offload_folder", "offload_buffers")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def place(
+    model: nn.Module,
+    device_map: str | Mapping[str, Any],
+    max_memory: dict[Any, Any] | None = None,
+    offload_folder: str | os.PathLike | None = None,
+    offload_buffers: bool = False,
+) -> None:
+    """Distribute a model in main memory over devices and disk; arguments as `from_pretrained` takes them."""
+    if isinstance(device_map, str):
+        blocks = list(model._no_split_modules)
+        if device_map != "sequential":
+            max_memory = get_balanced_memory(
+                model,
+                max_memory=max_memory,
+                no_split_module_classes=blocks,
+                low_zero=device_map == "balanced_low_0",
+            )
+        device_map = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=blocks)
+    dispatch_model(
+        model,
+        device_map=dict(device_map),
+        offload_dir=offload_folder,
+        offload_buffers=offload_buffers,
+        skip_keys=model._skip_keys_device_placement,
+    )
+
+
+register()

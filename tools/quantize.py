@@ -1,0 +1,448 @@
+"""Quantise the language model of a BF16 checkpoint; tower, projector and lm_head stay as they are.
+
+    python -m tools.quantize DIR --format nvfp4 --calibration page1.png page2.png --out DIR-NVFP4
+    python -m tools.quantize DIR --format fp8   --calibration *.png --out DIR-FP8
+    python -m tools.quantize DIR --format awq   --calibration *.png --out DIR-AWQ
+
+NVFP4 and FP8 are written as NVIDIA's modelopt 0.47 exports them, byte for byte for the same weights; AWQ as AutoAWQ's
+GEMM. Calibration runs the pictures through the model: NVFP4 and FP8 need the range of the activations for engines that
+quantise those too, AWQ chooses by them how to spread a layer's error over its inputs. The result loads with the same
+`from_pretrained`, and in vLLM with `--quantization modelopt_fp4`, `modelopt` or `awq`.
+
+llm-compressor has an AWQ of its own, but is tied to transformers 5.15-5.17 and writes another layout (version 0.14).
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.quantization_nemotron_vl import (
+    AWQ_SHIFTS,
+    E2M1_VALUES,
+    FORMATS,
+    NVFP4_BLOCK,
+    SAFETENSORS_DTYPES,
+    PackedConfig,
+    PackedLinear,
+    TensorHeader,
+    packed_linears,
+)
+from PIL import Image
+from torch import nn
+
+FORMAT_NAMES = {"nvfp4": "NVFP4", "fp8": "FP8", "awq": "AWQ GEMM"}
+MODELOPT_VERSION = "0.47.0"
+E4M3_MAX = 448.0
+E4M3_SMALLEST = 2.0**-9
+E2M1_MAX = 6.0
+DEFAULT_PROMPT = "Read all the text in this picture."
+
+# Layers of a block that take the same input, and what that input comes out of. Engines run a group as one layer, so it
+# shares its scales; AWQ moves magnitude between a group and its source.
+GROUPS = (
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+    (("self_attn.o_proj",), "self_attn.v_proj"),
+    (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+    (("mlp.down_proj",), "mlp.up_proj"),
+)
+AWQ_STEPS = 20
+NUM_SAMPLE_ROWS = 512
+
+
+# --- encoders: weight -> the tensors a checkpoint stores ---
+
+
+def encode_nvfp4(weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Encode as modelopt's `NVFP4QTensor.quantize` does.
+
+    Args:
+        weight: `(out_features, in_features)`, the latter a multiple of 16.
+        amax: largest magnitude of the layers that share a global scale; by default of this one.
+    """
+    amax = weight.abs().amax() if amax is None else amax
+    global_scale = amax.float() / (E2M1_MAX * E4M3_MAX)
+    blocks = weight.unflatten(-1, (-1, NVFP4_BLOCK))
+    block_scale = blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale)
+    block_scale[block_scale == 0] = 1.0
+    block_scale = block_scale.clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = (blocks / (block_scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
+    codes = encode_e2m1(scaled)
+    packed = codes[..., 1::2] << 4 | codes[..., 0::2]
+    return {"weight": packed, "weight_scale": block_scale, "weight_scale_2": global_scale}
+
+
+def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Round to the nearest E2M1 number, ties to the even code; values outside -6..6 saturate. Returns codes 0..15."""
+    magnitudes = torch.tensor(E2M1_VALUES, device=values.device)
+    bounds = (magnitudes[1:] + magnitudes[:-1]) / 2
+    codes = torch.searchsorted(bounds, values.abs()).to(torch.uint8)  # a tie goes to the lower code
+    tie_upwards = torch.isin(values.abs(), bounds[1::2])
+    return (values < 0).to(torch.uint8) << 3 | codes + tie_upwards.to(torch.uint8)
+
+
+def encode_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Encode as modelopt does: divided in the dtype of the weight by a 0-dimensional float32 scale."""
+    scale = weight.abs().amax().float() / E4M3_MAX
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+def encode_awq_gemm(weight: torch.Tensor, group_size: int = 128) -> dict[str, torch.Tensor]:
+    """Encode as AutoAWQ's GEMM: four bits with a zero point per group of inputs.
+
+    Args:
+        weight: `(out_features, in_features)`, multiples of 8 and of `group_size`.
+    """
+    groups = weight.float().unflatten(1, (-1, group_size))
+    scales, zeros = _awq_grid(groups)
+    codes = _awq_codes(groups, scales, zeros).flatten(1)
+    return {
+        "qweight": pack_awq(codes.t()),
+        "qzeros": pack_awq(zeros.squeeze(-1).t()),
+        "scales": scales.squeeze(-1).t().to(torch.float16).contiguous(),
+    }
+
+
+def _awq_grid(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (as float16 stores it) and zero point of every group: `(..., 1)` for `(..., group_size)`."""
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scales = ((high - low).clamp(min=1e-5) / 15).half().float()
+    return scales, (-torch.round(low / scales)).clamp(0, 15)
+
+
+def _awq_codes(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    return (torch.round(groups / scales) + zeros).clamp(0, 15)
+
+
+def pack_awq(codes: torch.Tensor) -> torch.Tensor:
+    """`(rows, columns)` of 0..15 -> `(rows, columns / 8)` int32."""
+    columns = codes.to(torch.int32).unflatten(-1, (-1, len(AWQ_SHIFTS)))
+    words = torch.zeros(columns.shape[:-1], dtype=torch.int32, device=codes.device)
+    for column, shift in enumerate(AWQ_SHIFTS):
+        words |= columns[..., column] << shift
+    return words
+
+
+# --- calibration ---
+
+
+@dataclass
+class InputStatistics:
+    """What calibration saw at the input of a layer.
+
+    Args:
+        amax: largest magnitude.
+        mean: mean magnitude per channel, `(in_features,)`.
+        rows: some of the inputs, `(num_rows, in_features)`.
+    """
+
+    amax: torch.Tensor
+    mean: torch.Tensor
+    rows: torch.Tensor
+    num_tokens: int = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        inputs = inputs.detach().flatten(0, -2)
+        magnitudes = inputs.abs().float()
+        self.amax = torch.maximum(self.amax, magnitudes.amax())
+        total = self.num_tokens + len(inputs)
+        self.mean = self.mean + (magnitudes.mean(0) - self.mean) * (len(inputs) / total)
+        self.num_tokens = total
+        step = max(1, len(inputs) * 4 // NUM_SAMPLE_ROWS)  # a picture fills a quarter of the sample
+        self.rows = torch.cat((self.rows, inputs[::step]))[-NUM_SAMPLE_ROWS:]
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder blocks of the language model and their names."""
+    return [(f"language_model.model.layers.{i}", block) for i, block in enumerate(model.get_decoder().layers)]
+
+
+def linears_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
+    return [(name, block.get_submodule(name)) for names, _ in GROUPS for name in names]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, InputStatistics]:
+    """Run batches through the model and record the inputs of every layer that will be quantised, by its name."""
+    statistics: dict[str, InputStatistics] = {}
+    handles = []
+
+    def record(name: str, layer: nn.Linear) -> Any:
+        empty = torch.zeros(layer.in_features, device=layer.weight.device)
+        rows = layer.weight.new_empty(0, layer.in_features)
+        statistics[name] = InputStatistics(torch.zeros((), device=layer.weight.device), empty, rows)
+        return lambda _, inputs: statistics[name].add(inputs[0])
+
+    for block_name, block in blocks_of(model):
+        for name, layer in linears_of(block):
+            handles.append(layer.register_forward_pre_hook(record(f"{block_name}.{name}", layer)))
+    try:
+        for batch in batches:
+            model(**batch, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics
+
+
+def picture_batches(
+    processor: NemotronVLProcessor, files: list[Path], prompt: str, device: torch.device
+) -> Iterable[dict[str, torch.Tensor]]:
+    """One batch of model inputs per picture."""
+    for file in files:
+        with Image.open(file) as image:
+            content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        yield inputs.to(device)
+
+
+# --- AWQ: which inputs of a layer are worth the precision ---
+
+
+def _round_trip(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    groups = weight.float().unflatten(1, (-1, group_size))
+    scales, zeros = _awq_grid(groups)
+    return ((_awq_codes(groups, scales, zeros) - zeros) * scales).flatten(1)
+
+
+@torch.no_grad()
+def awq_input_scales(layers: list[nn.Linear], statistics: InputStatistics, group_size: int) -> torch.Tensor:
+    """Find the factors of the inputs, `mean magnitude ** ratio`, with the least error of the group's outputs.
+
+    From "AWQ: Activation-aware Weight Quantization" (Lin et al., 2023), section 3.2.
+
+    Returns:
+        `(in_features,)` float32; ones if no ratio is better than leaving the inputs alone.
+    """
+    rows = statistics.rows.float()
+    best_error, best = float("inf"), torch.ones_like(statistics.mean)
+    for step in range(AWQ_STEPS):
+        factors = statistics.mean.clamp(min=1e-4) ** (step / AWQ_STEPS)
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        error = 0.0
+        for layer in layers:
+            weight = layer.weight.float()
+            difference = _round_trip(weight * factors, group_size) / factors - weight
+            error += float(nn.functional.linear(rows, difference).square().sum())
+        if error < best_error:
+            best_error, best = error, factors
+    return best
+
+
+@torch.no_grad()
+def scale_for_awq(model: nn.Module, statistics: dict[str, InputStatistics], group_size: int) -> None:
+    """Move magnitude between layers so that AWQ's rounding hurts least; the model computes the same as before."""
+    for block_name, block in blocks_of(model):
+        for names, source_name in GROUPS:
+            source = block.get_submodule(source_name)
+            layers = [block.get_submodule(name) for name in names]
+            if len(source.weight) != layers[0].in_features:
+                continue  # grouped-query attention: several heads of o_proj share one of v_proj
+            group_statistics = statistics[f"{block_name}.{names[0]}"]
+            factors = awq_input_scales(layers, group_statistics, group_size)
+            for layer in layers:
+                layer.weight.copy_(layer.weight * factors)
+            shape = (-1, 1) if source.weight.dim() == 2 else (-1,)
+            source.weight.copy_(source.weight / factors.reshape(shape))
+            if getattr(source, "bias", None) is not None:
+                source.bias.copy_(source.bias / factors)
+
+
+# --- the model ---
+
+
+@dataclass
+class Report:
+    """How far each layer is from the original: |quantised - original| / |original|, Frobenius norms."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.errors.values()) / len(self.errors)
+
+    @property
+    def worst(self) -> str:
+        return max(self.errors, key=self.errors.get)
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    format_name: str,
+    statistics: dict[str, InputStatistics] | None = None,
+    group_size: int = 128,
+) -> Report:
+    """Replace the Linear layers of the decoder blocks by packed ones, in place.
+
+    Args:
+        model: a `Llama_Nemotron_Nano_VL` in full precision.
+        format_name: "nvfp4", "fp8" or "awq".
+        statistics: of `calibrate`; without them there is no `input_scale`, and AWQ is plain rounding.
+        group_size: inputs that share a scale, AWQ only.
+
+    Raises:
+        ValueError: if the model is quantised already, or a layer does not divide into groups.
+    """
+    if next(packed_linears(model), None) is not None:
+        raise ValueError("The model is quantised already; start from the BF16 checkpoint.")
+    _check_divisible(model, format_name, group_size)
+    if format_name == "awq" and statistics:
+        scale_for_awq(model, statistics, group_size)
+    report = Report()
+    for block_name, block in blocks_of(model):
+        for names, _ in GROUPS:
+            amax = torch.stack([block.get_submodule(name).weight.abs().amax() for name in names]).amax()
+            for name in names:
+                layer = block.get_submodule(name)
+                tensors = _encode(layer.weight, format_name, amax, group_size)
+                if statistics and format_name != "awq":
+                    # The group has one input, hence one scale.
+                    divisor = E4M3_MAX * (E2M1_MAX if format_name == "nvfp4" else 1)
+                    tensors["input_scale"] = statistics[f"{block_name}.{name}"].amax.float() / divisor
+                packed = make_packed_linear(layer, FORMAT_NAMES[format_name], tensors)
+                original = layer.weight.float()
+                difference = packed.dequantized_weight(torch.float32) - original
+                report.errors[f"{block_name}.{name}"] = float(difference.norm() / original.norm())
+                parent, _, attribute = name.rpartition(".")
+                setattr(block.get_submodule(parent), attribute, packed)
+    model.config.quantization_config = PackedConfig(stored=quantization_config(format_name, group_size))
+    return report
+
+
+def _check_divisible(model: nn.Module, format_name: str, group_size: int) -> None:
+    divisors = {"nvfp4": (NVFP4_BLOCK, 1), "fp8": (1, 1), "awq": (group_size, 8)}[format_name]
+    for block_name, block in blocks_of(model):
+        for name, layer in linears_of(block):
+            if layer.in_features % divisors[0] or layer.out_features % divisors[1]:
+                raise ValueError(
+                    f"{block_name}.{name} has {layer.in_features} inputs and {layer.out_features} outputs; {format_name} "
+                    f"needs multiples of {divisors[0]} and {divisors[1]}. For AWQ choose another --group-size."
+                )
+
+
+def _encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+    if format_name == "nvfp4":
+        return encode_nvfp4(weight, amax)
+    return encode_fp8(weight) if format_name == "fp8" else encode_awq_gemm(weight, group_size)
+
+
+def make_packed_linear(linear: nn.Linear, format_name: str, tensors: dict[str, torch.Tensor]) -> PackedLinear:
+    """Build a packed layer around encoded tensors."""
+    headers = {
+        key: TensorHeader(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "", 0, 0)
+        for key, tensor in tensors.items()
+    }
+    packed = PackedLinear(linear, FORMATS[format_name], headers)
+    for key, tensor in tensors.items():
+        setattr(packed, key, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    return packed
+
+
+def quantization_config(format_name: str, group_size: int) -> dict[str, Any]:
+    """Return the block for config.json in the words of the tool whose layout it is."""
+    if format_name == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["vision_model", "mlp1", "lm_head"],
+        }
+    blocks = {"group_size": NVFP4_BLOCK} if format_name == "nvfp4" else {}
+    tensors = {"dynamic": False, "num_bits": 4 if format_name == "nvfp4" else 8, "type": "float", **blocks}
+    return {
+        "config_groups": {"group_0": {"input_activations": tensors, "weights": tensors, "targets": ["Linear"]}},
+        "ignore": ["language_model.lm_head", "vision_model*", "mlp1*"],
+        "quant_algo": FORMAT_NAMES[format_name],
+        "producer": {"name": "modelopt", "version": MODELOPT_VERSION},
+        "quant_method": "modelopt",
+    }
+
+
+def hf_quant_config(block: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of `hf_quant_config.json`, where TensorRT-LLM and older engines look."""
+    weights = block["config_groups"]["group_0"]["weights"]
+    return {
+        "producer": block["producer"],
+        "quantization": {
+            "quant_algo": block["quant_algo"],
+            "kv_cache_quant_algo": None,
+            **({"group_size": weights["group_size"]} if "group_size" in weights else {}),
+            "exclude_modules": block["ignore"],
+        },
+    }
+
+
+def save(model: nn.Module, source: Path, folder: Path) -> None:
+    """Write the packed model, and the files of `source` that do not depend on the weights."""
+    model.save_pretrained(folder)
+    block = model.config.quantization_config.to_dict()
+    if block["quant_method"] == "modelopt":
+        content = json.dumps(hf_quant_config(block), indent=2)
+        (folder / "hf_quant_config.json").write_text(content + "\n", encoding="utf-8")
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in (".safetensors", ".bin", ".pt") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="DIR", help="the BF16 checkpoint")
+    parser.add_argument("--format", choices=sorted(FORMAT_NAMES), required=True)
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", required=True, metavar="FILE", help="pictures of documents; 16 or more"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="question asked about each picture: %(default)s")
+    parser.add_argument("--group-size", type=int, default=128, help="AWQ: inputs per scale (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where to compute (default %(default)s)")
+    options = parser.parse_args(argv)
+    if options.out.exists() and any(options.out.iterdir()):
+        parser.error(f"{options.out} is not empty; name a new folder.")
+    model = Llama_Nemotron_Nano_VL.from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
+    processor = NemotronVLProcessor.from_pretrained(options.source)
+    statistics = calibrate(
+        model, picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
+    )
+    report = quantize_model(model, options.format, statistics, options.group_size)
+    save(model, options.source, options.out)
+    before, after = folder_size(options.source), folder_size(options.out)
+    for name, error in report.errors.items():
+        print(f"{name}  {error:.4f}")
+    print(f"{options.out}: {after / 2**20:.1f} MiB after {before / 2**20:.1f} MiB; worst layer {report.worst}.")
+    summary = {
+        "format": options.format,
+        "bytes_before": before,
+        "bytes_after": after,
+        "num_layers": len(report.errors),
+        "mean_relative_error": round(report.mean, 5),
+        "worst_relative_error": round(report.errors[report.worst], 5),
+        "num_pictures": len(options.calibration),
+    }
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
