@@ -148,7 +148,7 @@ def test_empty_and_blank_texts_are_empty_turns(words):
     assert chat_prompt(words).input_ids == chat_prompt("").input_ids
 
 
-@pytest.mark.parametrize("piece", ["x", "<", "<|eot_id", "\u00e9", "<image", "<|reserved_special_token_"])
+@pytest.mark.parametrize("piece", ["<", "<|eot_id", "\u00e9"])
 def test_a_megabyte_of_text_takes_seconds_at_most(piece):
     words = piece * (1_000_000 // len(piece))
     start = time.monotonic()
