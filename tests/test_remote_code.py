@@ -32,7 +32,7 @@ ENTRY_FILES = [
     "processing_nemotron_vl.py",
     "radio_model.py",
 ]
-HARD_IMPORTS = {"torch", "transformers", "safetensors", "numpy", "PIL"}
+HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
