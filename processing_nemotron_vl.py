@@ -716,6 +716,8 @@ class NemotronVLProcessor(ProcessorMixin):
             raise TypeError(f"A conversation is a list of messages, got {conversation!r:.80}.")
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = list(conversation) if batched else [conversation]
+        if continue_final_message and not all(conversations):
+            raise ValueError("continue_final_message=True needs a final message, but a conversation is empty.")
         variables = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None

@@ -207,6 +207,12 @@ def test_wrong_options_of_a_template_are_refused(options):
         encode(user("x"), **options)
 
 
+@pytest.mark.parametrize("conversation", [[], [[]], [user("x"), []]])
+def test_nothing_cannot_be_continued(conversation):
+    with pytest.raises(ValueError, match="needs a final message"):
+        encode(conversation, continue_final_message=True)
+
+
 @pytest.mark.parametrize("words", [3, [], [3], [None], b"x", {"a": 1}])
 def test_prompts_of_wrong_kind_are_refused(words):
     with pytest.raises(TypeError, match="text must be a string"):
