@@ -51,6 +51,28 @@ LLAMA_3_1_8B = {
 }
 LLAMA_3_1_8B_IMAGE_TOKEN_ID = 128256
 
+# Largest sizes that are taken for sizes: far above every released model, and small enough for building to end.
+LARGEST = {
+    "patch_size": 1024,
+    "max_resolution": 1 << 20,
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "num_cls_tokens": 1 << 16,
+    "num_registers": 1 << 16,
+    "max_image_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+    "force_image_size": 1 << 14,
+    "vit_hidden_size": 1 << 20,
+    "projector_hidden_size": 1 << 20,
+    "max_sequence_length": 1 << 30,
+    "vision_batch_size": 1 << 30,
+}
+
 IMAGE_TOKEN = "<image>"
 
 # What every transformers config has; in a sub-config on disk the defaults of these say nothing.
@@ -81,6 +103,14 @@ def _agree(name: str, *values_with_sources: tuple[Any, str], default: Any = None
                 f"{source} says {value!r}. Keep the right one."
             )
     return stated[0][0] if stated else default
+
+
+def _check_sizes(part: str, values: dict[str, Any]) -> None:
+    """Raise for sizes named in `LARGEST` that are absurd or no whole numbers; None passes."""
+    for name, size in values.items():
+        smallest = 0 if name == "num_registers" else 1
+        if name in LARGEST and size is not None and not (type(size) is int and smallest <= size <= LARGEST[name]):
+            raise ValueError(f"{part}{name} must be a whole number in {smallest}..{LARGEST[name]}, got {size!r}.")
 
 
 def _published_form(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -262,6 +292,7 @@ class RADIOConfig(PretrainedConfig):
         )
 
     def _reject_unsupported(self) -> None:
+        _check_sizes("vision_config.", vars(self))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision hidden_size={self.hidden_size} is not a multiple of "
@@ -317,6 +348,8 @@ class NemotronVLConfig(PretrainedConfig):
         img_context_token_id: id of `<image>`; when a checkpoint directory leaves it out, it is read from the
             tokenizer files beside the config.
         max_sequence_length: context window in tokens, prompt and answer together.
+        vision_batch_size: most tiles that run through the tower at once, in forward, generate and chat; bounds the
+            memory of many or large pictures. None runs all at once.
 
     Raises:
         ValueError: for contradictions, with both values.
@@ -342,6 +375,7 @@ class NemotronVLConfig(PretrainedConfig):
         vit_hidden_size: int | None = None,
         img_context_token_id: int | None = None,
         max_sequence_length: int | None = None,
+        vision_batch_size: int | None = None,
         **kwargs: Any,
     ):
         if kwargs.pop("model_type", self.model_type) != self.model_type:
@@ -382,6 +416,7 @@ class NemotronVLConfig(PretrainedConfig):
         self.projector_hidden_size = projector_hidden_size
         self.img_context_token_id = img_context_token_id
         self.max_sequence_length = max_sequence_length or 16384
+        self.vision_batch_size = vision_batch_size
         self._reject_contradictions()
         kwargs["tie_word_embeddings"] = self.llm_config.tie_word_embeddings
         super().__init__(**kwargs)
@@ -390,6 +425,8 @@ class NemotronVLConfig(PretrainedConfig):
     def _build_llm_config(llm_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
         if llm_config is None:
             return LlamaConfig(**LLAMA_3_1_8B)
+        if not isinstance(llm_config, (dict, PretrainedConfig)):
+            raise TypeError(f"llm_config must be a dict or a LlamaConfig, got {llm_config!r:.80}.")
         model_type = (
             llm_config.model_type
             if isinstance(llm_config, PretrainedConfig)
@@ -399,8 +436,11 @@ class NemotronVLConfig(PretrainedConfig):
             raise ValueError(
                 f"Llama_Nemotron_Nano_VL has a 'llama' language model, but llm_config.model_type is {model_type!r}."
             )
+        if isinstance(llm_config, PretrainedConfig):
+            return llm_config
+        _check_sizes("llm_config.", llm_config)
         # Deep copy: transformers standardises the rope dict in place, and this one is the caller's.
-        return llm_config if isinstance(llm_config, PretrainedConfig) else LlamaConfig(**copy.deepcopy(llm_config))
+        return LlamaConfig(**copy.deepcopy(llm_config))
 
     @staticmethod
     def _build_vision_config(vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
@@ -412,6 +452,7 @@ class NemotronVLConfig(PretrainedConfig):
         return RADIOConfig(**copy.deepcopy(vision_config or {}))
 
     def _reject_contradictions(self) -> None:
+        _check_sizes("", vars(self))
         if not 0 < self.downsample_ratio <= 1 or (1 / self.downsample_ratio) % 1:
             raise ValueError(
                 f"downsample_ratio={self.downsample_ratio} is not one over a whole number; pixel shuffle merges "

@@ -35,6 +35,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 COVERAGE_CAP = 0.6  # published score: a grid gains nothing by holding more than 60 % of the doubled picture's pixels
 MAX_NUM_TILES = 1024  # the candidate list, and with it an absurd configuration, stays small
 BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, less repeats the filter set-up too often
+MAX_NESTING = 100  # lists inside lists of pictures
+MAX_TILE_PIXELS = 1 << 30  # of the tiles of one picture: 12.9 GB as float32, before a wrong option takes all memory
 MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 picture passes every limit on area and needs 800 GB on the way
 READ_BYTES = 1 << 17  # source pixels copied out of Pillow at once
 
@@ -157,11 +159,17 @@ def undo_normalization(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def flatten_images(images: Any) -> Iterator[Any]:
-    """Yield the pictures of a picture, a list, nested lists or a batched 4-dimensional array, in order."""
+def flatten_images(images: Any, depth: int = 0) -> Iterator[Any]:
+    """Yield the pictures of a picture, a list, nested lists or a batched 4-dimensional array, in order.
+
+    Raises:
+        ValueError: if lists are nested more than 100 levels deep.
+    """
+    if depth > MAX_NESTING:
+        raise ValueError(f"Lists of pictures may be nested {MAX_NESTING} levels deep, these go deeper. Flatten them.")
     if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
         for image in images:
-            yield from flatten_images(image)
+            yield from flatten_images(image, depth + 1)
     else:
         yield images
 
@@ -232,6 +240,8 @@ def _decode_file(source: str | os.PathLike | bytes | bytearray | memoryview) -> 
                 source = base64.b64decode("".join(encoded.split()), validate=True)
             except ValueError as error:
                 raise ValueError("it is neither an existing file nor base64 text") from error
+    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):  # a pipe or device would never end
+        raise ValueError("there is no such file")
     with Image.open(source if isinstance(source, str | os.PathLike) else io.BytesIO(source)) as image:
         ImageOps.exif_transpose(_decode(image), in_place=True)
     return image
@@ -268,6 +278,8 @@ def _deep_grey_to_rgb(values: np.ndarray, mode: str) -> np.ndarray:
 def _array_to_rgb(array: np.ndarray | torch.Tensor, do_convert_rgb: bool, input_data_format: str | None) -> np.ndarray:
     """Grey `(H, W)`, or `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels; uint8, or float in 0..1 -> uint8 RGB."""
     if isinstance(array, torch.Tensor):
+        if array.is_meta or array.is_nested:
+            raise TypeError("A picture tensor must hold its pixels; this one is on the meta device, or nested.")
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     array = _channels_last_view(array, input_data_format)
@@ -617,11 +629,16 @@ def _check_options(options: dict[str, Any]) -> None:
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
     for name in ("rescale_factor", "downsample_ratio"):
-        if not isinstance(options[name], (int, float)) or not 0 < options[name] <= 1:
-            raise ValueError(f"{name} must be a number above 0 and at most 1, got {options[name]!r}.")
+        if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
+            raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
     if options["upscale"] not in (1, 2):
         raise ValueError(f"upscale must be 2 (published) or 1 (no doubling), got {options['upscale']}.")
     candidate_grids(options["max_num_tiles"])
+    if options["max_num_tiles"] * options["image_size"] ** 2 > MAX_TILE_PIXELS:
+        raise ValueError(
+            f"max_num_tiles={options['max_num_tiles']} tiles of image_size={options['image_size']} px have more than "
+            f"{MAX_TILE_PIXELS} pixels. Use fewer or smaller tiles."
+        )
     if options["patch_size"] < 1 or options["image_size"] < 1 or options["image_size"] % _pixels_per_token(options):
         raise ValueError(
             f"image_size={options['image_size']} must be a positive multiple of patch_size / downsample_ratio = "

@@ -5,14 +5,17 @@ tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`)
 """
 
 import copy
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -22,7 +25,7 @@ from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
 from .quantization_nemotron_vl import prepare_loading
-from .radio_model import RADIOModel
+from .radio_model import RADIOModel, RADIOModelOutput
 
 logger = logging.get_logger(__name__)
 
@@ -98,14 +101,23 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     ) -> "NemotronVLPreTrainedModel":
         """Load a checkpoint; in addition to what transformers does, no weight may be missing or left over.
 
+        Only safetensors files are read: a pickle can run any code while it is loaded.
+
         Args:
             pretrained_model_name_or_path: directory or Hub id in NVIDIA's layout.
             use_flash_attn: what InternVL clients pass; True asks for flash_attention_2 where it is installed.
             args, kwargs: as for `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the model or has others; the message names them.
+            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
+                of weights is damaged, or the index names files outside the directory.
+            OSError: if files are absent.
         """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
+            )
+        _check_index(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if kwargs.pop("use_flash_attn", False) and "attn_implementation" not in kwargs:
             if is_flash_attn_2_available():
                 kwargs["attn_implementation"] = "flash_attention_2"
@@ -202,9 +214,10 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         Raises:
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
+        _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         if image_flags is not None:
             pixel_values = pixel_values[image_flags.flatten().to(pixel_values.device) == 1]
-        num_tiles, _, height, width = pixel_values.shape
+        num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
             raise ValueError(
@@ -213,20 +226,25 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             )
         if num_tiles == 0:
             return BaseModelOutputWithPooling(pooler_output=())
-        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
-            pixel_values = pixel_values.to(self.vision_model.device)
-        tower = self.vision_model(pixel_values, **kwargs)
-        patch_size = self.config.patch_size
-        merged = self._merge_patches(tower.features, height // patch_size, width // patch_size)
-        features = self._project(merged)
+        batches = pixel_values.split(self.config.vision_batch_size or num_tiles)
+        towers, projected = zip(*(self._encode_tiles(batch, **kwargs) for batch in batches), strict=True)
+        features = torch.cat(projected)
         tokens_per_tile = features.shape[1]
         pooler_output = features.flatten(0, 1).split([tiles * tokens_per_tile for tiles in tiles_per_image])
         return BaseModelOutputWithPooling(
-            last_hidden_state=tower.features,
+            last_hidden_state=torch.cat([tower.features for tower in towers]),
             pooler_output=pooler_output,
-            hidden_states=tower.hidden_states,
-            attentions=tower.attentions,
+            hidden_states=_join_layers([tower.hidden_states for tower in towers]),
+            attentions=_join_layers([tower.attentions for tower in towers]),
         )
+
+    def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
+        """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
+        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
+            pixel_values = pixel_values.to(self.vision_model.device)
+        tower = self.vision_model(pixel_values, **kwargs)
+        grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+        return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
 
     def _merge_patches(self, features: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
         """`(num_tiles, patches, vit_hidden_size)` -> `(num_tiles, tokens, vit_hidden_size * merge_size**2)`."""
@@ -385,7 +403,11 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
                 not fit the context.
         """
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
             projected = self._project(visual_features.to(self.mlp1[0].weight.device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
@@ -393,7 +415,6 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None and kwargs.get("prompt_embeds") is None:
             kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_outputs, kwargs.get("past_key_values"))
         elif kwargs.get("inputs_embeds") is not None:
@@ -404,12 +425,6 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         self, input_ids: torch.Tensor, image_outputs: BaseModelOutputWithPooling | None, past_key_values: Any | None
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
-        window = self.config.max_sequence_length
-        if input_ids.shape[1] >= window:
-            raise ValueError(
-                f"The prompt has {input_ids.shape[1]} tokens; the context of {window} tokens holds prompt and answer. "
-                "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
-            )
         if image_outputs is None or not len(image_outputs.pooler_output):
             # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
             if past_key_values is None and self.config.image_token_id is not None:
@@ -419,6 +434,37 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         num_cached = _num_cached(past_key_values)  # images in the cache are not given again
         new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_outputs)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
+
+    def _room_after(self, prompt_length: int) -> int:
+        """Return how many tokens the context window leaves for the answer to a prompt.
+
+        Raises:
+            ValueError: if that is none.
+        """
+        window = self.config.max_sequence_length
+        if prompt_length >= window:
+            raise ValueError(
+                f"The prompt has {prompt_length} tokens; the context of {window} tokens holds prompt and answer. "
+                "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
+            )
+        return window - prompt_length
+
+    def _prepare_generated_length(
+        self, *args: Any, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
+    ) -> GenerationConfig:
+        """End every answer with the context window at the latest."""
+        options = super()._prepare_generated_length(
+            *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
+        room = self._room_after(inputs_tensor.shape[1])
+        wanted = options.max_length - input_ids_length  # embeddings alone have no ids
+        if wanted > room:
+            logger.warning(
+                f"max_new_tokens={wanted} is cut to {room}: the prompt has {inputs_tensor.shape[1]} tokens and the "
+                f"context of {self.config.max_sequence_length} holds prompt and answer."
+            )
+            options.max_length = input_ids_length + room
+        return options
 
     def prepare_inputs_for_generation(
         self,
@@ -534,6 +580,10 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
+        if visual_features is not None:
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
+        elif pixel_values is not None:
+            _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
             tokenizer,
             question,
@@ -545,7 +595,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             image_tag_type=self.config.image_tag_type,
             # InternVL clients set their system prompt on the model.
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
-            max_length=self.config.max_sequence_length - options.max_new_tokens if truncation else None,
+            max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
         )
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
@@ -577,7 +627,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         if options.pad_token_id is None:
             pad, eos = tokenizer.pad_token_id, options.eos_token_id
             options.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
-        if options.max_new_tokens is None:
+        if options.max_new_tokens is None and options.max_length == GenerationConfig().max_length:
             options.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
         if (options.num_return_sequences or 1) > 1:
             raise ValueError(
@@ -585,6 +635,15 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
                 "Call generate() for several."
             )
         return options, extra_options
+
+    def _longest_prompt(self, max_new_tokens: int) -> int:
+        window = self.config.max_sequence_length
+        if max_new_tokens >= window:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of {window} tokens, so "
+                "truncation='oldest_turns' cannot say which turns fit. Ask for fewer."
+            )
+        return window - max_new_tokens
 
     def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
         if visual_features is not None:
@@ -621,13 +680,6 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
     ) -> list[str]:
         """Generate for left-padded prompts and decode each answer up to its end token."""
         width = max(len(prompt.input_ids) for prompt in prompts)
-        room = self.config.max_sequence_length - width
-        if 0 < room < options.max_new_tokens:
-            logger.warning(
-                f"max_new_tokens={options.max_new_tokens} is cut to {room}: the prompt has {width} tokens and the "
-                f"context of {self.config.max_sequence_length} holds prompt and answer."
-            )
-            options.max_new_tokens = room
         paddings = [width - len(prompt.input_ids) for prompt in prompts]
         pad = options.pad_token_id
         ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
@@ -644,12 +696,99 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             **extra_options,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        ends = set(options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id])
-        answers = []
-        for new_ids in sequences[:, width:].tolist():
-            end = next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))
-            answers.append(tokenizer.decode(new_ids[:end], skip_special_tokens=False).strip())
-        return answers
+        return [
+            tokenizer.decode(_before_end(new_ids, options), skip_special_tokens=False).strip()
+            for new_ids in sequences[:, width:].tolist()
+        ]
+
+    def chat_stream(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None = None,
+        question: str | None = None,
+        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
+
+        The generation runs in a thread of its own. It ends when the loop over the pieces is left or the iterator is
+        closed (before the next token), and what `chat` raises is raised in the loop.
+
+        Args:
+            tokenizer, pixel_values, question, generation_config: as for `chat`.
+            kwargs: further arguments of `chat`, except `streamer`.
+        """
+        options, _ = self._generation_options(getattr(tokenizer, "tokenizer", tokenizer), generation_config)
+        stream = _AnswerStream(getattr(tokenizer, "tokenizer", tokenizer), options)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream") as pool:
+            answer = pool.submit(
+                self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
+            )
+            answer.add_done_callback(lambda _: stream.end())  # also after an error: nobody waits for ever
+            try:
+                yield from stream
+                answer.result()
+            finally:
+                stream.abandoned = True
+
+
+class _AnswerStream(TextIteratorStreamer):
+    """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
+
+    def __init__(self, tokenizer: Any, options: GenerationConfig):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.options = options
+        self.abandoned = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.abandoned:
+            raise RuntimeError("The answer is not read any more.")  # ends generate(); chat_stream keeps it to itself
+        if self.next_tokens_are_prompt:
+            super().put(value)
+        elif new_ids := _before_end(value.flatten().tolist(), self.options):
+            super().put(torch.tensor(new_ids))
+
+
+def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
+    """Return the ids before the first end token."""
+    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+    return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+
+
+def _join_layers(layers_of_batches: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...] | None:
+    """Join what the tower recorded per layer for each batch of tiles; None if it recorded nothing."""
+    if layers_of_batches[0] is None:
+        return None
+    return tuple(torch.cat(layer) for layer in zip(*layers_of_batches, strict=True))
+
+
+def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) -> None:
+    """Raise if `tensor` is no tensor of as many dimensions as `layout` names, the last of size `width` if given."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}.")
+    if tensor.ndim != layout.count(",") + 1 or width not in (None, tensor.shape[-1]):
+        wanted = f" with a width of {width}" if width else ""
+        raise ValueError(f"{name} must be a tensor {layout}{wanted}, got the shape {tuple(tensor.shape)}.")
+
+
+def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfolder: str) -> None:
+    """Raise if the index of a local checkpoint is malformed or names files outside its directory."""
+    index = Path(str(pretrained_model_name_or_path), subfolder, "model.safetensors.index.json")
+    if not index.is_file():
+        return
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    strange = [
+        file
+        for file in files
+        # transformers opens a file of another suffix as a pickle
+        if not isinstance(file, str) or "\\" in file or Path(file).name != file or not file.endswith(".safetensors")
+    ]
+    if strange:
+        raise ValueError(
+            f"{index} must name safetensors files that lie beside it, but names {strange[0]!r}. Download it again."
+        )
 
 
 def _num_cached(past_key_values: Any | None) -> int:

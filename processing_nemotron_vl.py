@@ -8,7 +8,9 @@ split by a marker character, and the prompt is tokenised between the markers, so
 image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` both go this way.
 """
 
+import bisect
 import json
+import operator
 import os
 import re
 import sys
@@ -27,6 +29,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .image_processing import OPTIONS as IMAGE_OPTIONS
 from .image_processing import NemotronVLImageProcessor
 
+try:
+    from jinja2 import TemplateError
+except ImportError:  # transformers says what to install when a template is rendered
+    TemplateError = ValueError
+
 logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
@@ -35,6 +42,7 @@ IMAGE_END_TOKEN = "</img>"
 
 # Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
+MAX_NESTING = 100  # levels of lists and dicts in messages and tools
 
 TEXT_OPTIONS = (
     "padding",
@@ -56,15 +64,19 @@ class PromptIds(NamedTuple):
     starts: list[int] | None
 
 
-def strings_in(data: Any) -> Iterator[str]:
-    """Yield every string inside nested dicts, lists and tuples."""
+def strings_in(data: Any, depth: int = 0) -> Iterator[str]:
+    """Yield every string inside nested dicts, lists and tuples, dict keys included.
+
+    Raises:
+        ValueError: if something is nested more than 100 levels deep.
+    """
+    if depth > MAX_NESTING:
+        raise ValueError(f"Messages and tools may be nested {MAX_NESTING} levels deep, these go deeper. Flatten them.")
     if isinstance(data, str):
         yield data
-    elif isinstance(data, dict):
-        yield from strings_in(list(data.values()))
-    elif isinstance(data, (list, tuple)):
-        for item in data:
-            yield from strings_in(item)
+    elif isinstance(data, (dict, list, tuple)):
+        for item in (*data, *data.values()) if isinstance(data, dict) else data:
+            yield from strings_in(item, depth + 1)
 
 
 class ControlTokenGuard:
@@ -73,11 +85,16 @@ class ControlTokenGuard:
     Args:
         tokenizer: its added tokens are the control tokens.
         data: everything the user wrote, nested as it may be; the marker is a character that does not occur in it.
+
+    Raises:
+        ValueError: if `data` is nested too deeply, or leaves no character for the marker.
     """
 
     def __init__(self, tokenizer: Any, data: Any):
         used = set().union(*map(set, strings_in(data)))
-        self.marker = next(chr(code) for code in PRIVATE_USE_CHARACTERS if chr(code) not in used)
+        self.marker = next((chr(code) for code in PRIVATE_USE_CHARACTERS if chr(code) not in used), "")
+        if not self.marker:
+            raise ValueError("The text uses all 65,534 private characters of Unicode's plane 15; one must be free.")
         tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -85,7 +102,8 @@ class ControlTokenGuard:
         """Return `data` with a marker after the first character of every control token in its strings.
 
         Args:
-            data: a string, or nested dicts and lists of strings; other values pass unchanged. Dict keys are not text.
+            data: a string, or nested dicts and lists of strings; other values pass unchanged. Templates write the
+                keys of dicts (the parameters of a tool) as they write values, so these are text as well.
             keep_image_token: leave `<image>` whole: it is a placeholder here.
         """
         if isinstance(data, str):
@@ -95,7 +113,7 @@ class ControlTokenGuard:
                 else data
             )
         if isinstance(data, dict):
-            return {key: self.protect(value, keep_image_token) for key, value in data.items()}
+            return {self.protect(key): self.protect(value, keep_image_token) for key, value in data.items()}
         if isinstance(data, (list, tuple)):
             return [self.protect(item, keep_image_token) for item in data]
         return data
@@ -147,8 +165,16 @@ def encode_prompt(
         return_starts: also tell where in `prompt` each id starts; needs a fast tokenizer.
 
     Raises:
-        ValueError: if the number of placeholders differs from the number of runs; the message holds both.
+        ValueError: if the number of placeholders differs from the number of runs, the message holds both; or if the
+            text holds half of a surrogate pair.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text holds the lone surrogate {prompt[error.start]!r}, half a character, which no tokenizer takes. "
+            "Decode it anew, or replace it: text.encode('utf-8', 'replace').decode()."
+        ) from error
     num_placeholders = prompt.count(IMAGE_TOKEN)
     if num_placeholders != len(image_runs):
         raise ValueError(
@@ -229,31 +255,36 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
             f"The content of a message must be a string or a list of parts like {{'type': 'text', 'text': ...}}, got "
             f"{content!r:.80}."
         )
-    text, images, after_image = "", [], False
+    texts, images, after_image = [""], [], False  # texts before, between and after the images
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type")
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise TypeError(f"A text part needs a string under 'text', got {part!r:.80}.")
-            piece = guard.protect(part["text"]) if guard else part["text"]
+            piece = part["text"]
         elif kind in ("image", "image_url"):
             piece = IMAGE_TOKEN
-            images.append(_picture_of(part))
         else:
             raise ValueError(
                 f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
                 "Send a PDF page or a video frame as an image."
             )
-        text += "\n" + piece if after_image and not piece.startswith("\n") else piece
+        texts[-1] += "\n" if after_image and not piece.startswith("\n") else ""
         after_image = kind != "text"
-    return text, images
+        if after_image:
+            images.append(_picture_of(part))
+            texts.append("")
+        else:
+            texts[-1] += piece
+    # Protected as a whole: two harmless parts may join to a control token.
+    return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
 
 
 def _picture_of(part: dict[str, Any]) -> Any:
     if part["type"] == "image_url":
-        url = part["image_url"]
-        return url["url"] if isinstance(url, dict) else url
+        url = part.get("image_url")
+        return url.get("url") if isinstance(url, dict) else url
     return next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
 
 
@@ -323,27 +354,47 @@ def build_chat_prompts(
         for count in tile_counts:
             spans.append(range(first_tile, first_tile + count))
             first_tile += count
-        while True:
-            messages = _chat_messages(text, pairs, system_prompt)
-            guard = ControlTokenGuard(tokenizer, messages)
-            safe = [
-                {**message, "content": guard.protect(message["content"], message["role"] == "user")}
-                for message in messages
-            ]
-            rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-            runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans]
-            ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
-            if max_length is None or len(ids) <= max_length or not pairs:
-                break
-            num_images = pairs[0][0].count(IMAGE_TOKEN)
-            logger.warning(
-                f"The prompt has {len(ids)} tokens, the context leaves {max_length}: the oldest turn is dropped, "
-                f"with its {num_images} images: {pairs[0][0][:60]!r}."
+
+        def prompt_without(num_turns: int, text=text, pairs=pairs, spans=spans) -> ChatPrompt:
+            num_images = sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs[:num_turns])
+            runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans[num_images:]]
+            messages = _chat_messages(text, pairs[num_turns:], system_prompt)
+            ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id)
+            tiles = [tile for span in spans[num_images:] for tile in span]
+            return ChatPrompt(ids, tiles, text, pairs[num_turns:], rendered)
+
+        prompt = prompt_without(0)
+        if max_length is not None and len(prompt.input_ids) > max_length and pairs:
+            # Bisected: a history of thousands of turns must not be encoded once for each of them.
+            num_dropped = 1 + bisect.bisect_left(
+                range(1, len(pairs)), True, key=lambda number: len(prompt_without(number).input_ids) <= max_length
             )
-            pairs, spans = pairs[1:], spans[num_images:]
-        tiles = [tile for span in spans for tile in span]
-        prompts.append(ChatPrompt(ids, tiles, text, pairs, rendered.replace(guard.marker, "")))
+            dropped = pairs[:num_dropped]
+            logger.warning(
+                f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
+                f"oldest of {len(pairs)} turns are dropped, with their "
+                f"{sum(earlier.count(IMAGE_TOKEN) for earlier, _ in dropped)} images, from {dropped[0][0][:60]!r} to "
+                f"{dropped[-1][0][:60]!r}."
+            )
+            prompt = prompt_without(num_dropped)
+        prompts.append(prompt)
     return prompts
+
+
+def _encode_chat(
+    tokenizer: Any, messages: list[dict[str, str]], runs: list[list[str | int]], image_token_id: int
+) -> tuple[list[int], str]:
+    """Return the ids of the messages, in which only the user's `<image>` is more than text, and the rendered text."""
+    guard = ControlTokenGuard(tokenizer, messages)
+    safe = [
+        {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
+    ]
+    try:
+        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"The tokenizer's chat template refuses these messages: {error}") from error
+    ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
+    return ids, rendered.replace(guard.marker, "")
 
 
 def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
@@ -368,10 +419,12 @@ def _tiles_per_image(
     counts = num_patches.tolist() if hasattr(num_patches, "tolist") else num_patches
     if counts is None:
         counts = [num_tiles] if num_tiles else []
+    if not isinstance(counts, (list, tuple)):
+        raise TypeError(f"num_patches must be a list or tensor with the tiles of each image, got {num_patches!r}.")
     if any(isinstance(count, (list, tuple)) for count in counts):
-        shared = [[int(count) for count in own] for own in counts]
+        shared = [_whole_counts(own) for own in counts]
     else:
-        counts = [int(count) for count in counts]
+        counts = _whole_counts(counts)
         needed = [
             sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs) + text.count(IMAGE_TOKEN)
             for text, pairs in zip(questions, turns, strict=True)
@@ -393,6 +446,16 @@ def _tiles_per_image(
             "returned them."
         )
     return shared
+
+
+def _whole_counts(counts: Any) -> list[int]:
+    """Return tile counts as numbers; an image has at least one tile."""
+    if not isinstance(counts, (list, tuple)):
+        raise TypeError(f"num_patches must be flat, or hold one list per question, got the entry {counts!r}.")
+    counts = [operator.index(count) for count in counts]
+    if any(count < 1 for count in counts):
+        raise ValueError(f"Every image has at least one tile, got num_patches={counts}.")
+    return counts
 
 
 class NemotronVLProcessor(ProcessorMixin):
@@ -494,6 +557,10 @@ class NemotronVLProcessor(ProcessorMixin):
             if value is not None and len(value):
                 raise ValueError(f"This model takes no {name}; send the frames of a video as images.")
         texts = [text] if isinstance(text, str) else text
+        if texts is not None and not (
+            isinstance(texts, (list, tuple)) and texts and all(isinstance(one, str) for one in texts)
+        ):
+            raise TypeError(f"text must be a string or a non-empty list of strings, got {text!r:.80}.")
         data, return_tensors, _ = self._encode(images, texts, kwargs)
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -571,6 +638,11 @@ class NemotronVLProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_mm_token_type_ids: bool = False,
     ) -> tuple[dict[str, Any], list[list[int]]]:
+        for name, value in {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}.items():
+            if value is not None and operator.index(value) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
         limit = (max_length or self.tokenizer.model_max_length) if truncation else None
         for ids, _ in prompts:
             if limit is not None and self.image_token_id in ids[limit:]:
@@ -636,8 +708,12 @@ class NemotronVLProcessor(ProcessorMixin):
             the rendered text, or `input_ids`, or a `BatchFeature`; lists of them for a batch.
 
         Raises:
-            ValueError: for an unknown content part, or when placeholders and images differ in number.
+            ValueError: for an unknown content part, when placeholders and images differ in number, or when the
+                template refuses the conversation.
+            TypeError: for messages of another form.
         """
+        if not isinstance(conversation, (list, tuple)):
+            raise TypeError(f"A conversation is a list of messages, got {conversation!r:.80}.")
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = list(conversation) if batched else [conversation]
         variables = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
@@ -646,16 +722,19 @@ class NemotronVLProcessor(ProcessorMixin):
         flattened = [_flatten_conversation(messages, guard) for messages in conversations]
         if guard:
             tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
-        prompts, assistant_spans = render_jinja_template(
-            conversations=[messages for messages, _ in flattened],
-            tools=tools,
-            documents=documents,
-            chat_template=self._resolve_template(chat_template),
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **variables},
-        )
+        try:
+            prompts, assistant_spans = render_jinja_template(
+                conversations=[messages for messages, _ in flattened],
+                tools=tools,
+                documents=documents,
+                chat_template=self._resolve_template(chat_template),
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.tokenizer.special_tokens_map, **variables},
+            )
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses this conversation: {error}") from error
         if guard is None:
             return prompts if batched else prompts[0]
         images = options.pop("images", None)
@@ -747,7 +826,11 @@ def _flatten_conversation(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the messages with string contents, protected by `guard`, and their images in order."""
     flattened, images = [], []
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"A conversation is a list of messages, got {messages!r:.80}.")
     for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise TypeError(f"A message is a dict with a 'role' and a 'content', got {message!r:.80}.")
         others = {name: value for name, value in message.items() if name != "content" and value is not None}
         content, pictures = flatten_content(message.get("content"), guard)
         flattened.append({**(guard.protect(others) if guard else others), "content": content})

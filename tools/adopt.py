@@ -1,6 +1,6 @@
 """Turn a downloaded Nemotron Nano VL checkpoint into a directory that loads with this repository's code.
 
-    python -m tools.adopt SOURCE --check          # only report
+    python -m tools.adopt SOURCE --check          # only report; also reads every weight, for NaN and infinity
     python -m tools.adopt SOURCE --out DIR        # weights are linked and take no space
     python -m tools.adopt SOURCE --out DIR --copy
 
@@ -34,6 +34,7 @@ from .weights import (
     TORCH_DTYPES,
     CheckpointError,
     WeightReport,
+    check_values,
     check_weights,
     main_dtype,
     make_index,
@@ -397,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="directory of a downloaded checkpoint")
     parser.add_argument("--out", type=Path, help="directory to write")
-    parser.add_argument("--check", action="store_true", help="only report")
+    parser.add_argument("--check", action="store_true", help="only report; reads every weight")
     parser.add_argument("--copy", action="store_true", help="copy the weights instead of linking them")
     parser.add_argument("--force", action="store_true", help="write into a directory that holds other files")
     arguments = parser.parse_args(argv)
@@ -405,6 +406,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give --out DIR, or --check")
     try:
         found = inspect(arguments.source)
+        if arguments.check and found.weights.tensors and not found.weights.problems:
+            found.problems += check_values(found.source, found.weights)
         if not arguments.check and not found.problems:
             found.problems += reasons_against(arguments.out, found, arguments.force)
         print(found.report())

@@ -2,6 +2,7 @@
 
 `check_weights(folder, config)` lists what the safetensors files hold, compares name, shape and dtype of every tensor
 with the model built on the meta device, and returns the problems as sentences. No weight is read and nothing is run.
+`check_values` does read the weights, for NaN and infinity.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.quantization_nemotron_vl import TensorHeader, is_quantised, pack_linears, packed_linears
+from safetensors import safe_open
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +29,7 @@ BITS = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
     "F4": 4,
 }
+VALUES_AT_ONCE = 1 << 24  # numbers looked at together
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -268,6 +271,21 @@ def check_weights(folder: Path, config: Any) -> WeightReport:
     report.problems += compare(expected, report.tensors, config, packed)
     report.notes += remarks(expected, {n: t for n, t in report.tensors.items() if n not in packed}, config)
     return report
+
+
+def check_values(folder: Path, report: WeightReport) -> list[str]:
+    """Read every number of the plain weights, and return a sentence if some are NaN or infinite."""
+    broken = []
+    for name in sorted({tensor.file for tensor in report.tensors.values()}):
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (the file is no dict)
+                if report.tensors[key].dtype in PLAIN_DTYPES:
+                    pieces = file.get_tensor(key).flatten().split(VALUES_AT_ONCE)
+                    num_broken = sum(int(piece.isfinite().logical_not().sum()) for piece in pieces)
+                    broken += [f"{num_broken} of {key}"] if num_broken else []
+    if not broken:
+        return []
+    return [f"{len(broken)} tensors hold numbers that are NaN or infinite: {_some(broken)}. Download them again."]
 
 
 def compare(
