@@ -1,101 +1,103 @@
-"""Throw random pictures and prompts at the processors, for hours if wanted: a line per finding, then one JSON object.
+"""Throw random pictures and prompts at the processors: a line per finding, at the end one JSON object.
 
     python -m tests.fuzz --pictures 100000 --prompts 100000
     python -m tests.fuzz --minutes 60
+    python -m tests.fuzz --replay check_pictures 1234
 
 A finding is an exception other than ValueError and TypeError, or an accepted input without the properties that
-tests/strategies.py asserts. The exit status is 1 if there is one. Add it to test_reliability_fuzz.py when it is fixed.
+tests/hostile.py asserts. The exit status is 1 if there is one. An input is made from its number alone, so a finding
+can be replayed; keep it as an example in test_reliability_fuzz.py when it is fixed.
 """
 
 import argparse
+import faulthandler
 import json
 import logging
+import random
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 import transformers
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 import tools  # noqa: F401  (registers the root as the package `nemotron_vl`)
-from tests import strategies
+from tests import hostile
+from tests.hostile import Source
 
-BATCH = 1000  # examples per hypothesis run: its bookkeeping grows with the length of a run
-QUIET = {
-    "database": None,
-    "deadline": None,
-    "suppress_health_check": list(HealthCheck),
-    "phases": [Phase.generate, Phase.shrink],
-    "print_blob": False,
-    "report_multiple_bugs": False,
-}
-TARGETS = {
+TARGETS: dict[str, list[tuple[Callable[..., str], Callable[[Source], tuple]]]] = {
     "pictures": [
-        (strategies.check_pictures, (strategies.pictures(), strategies.image_options())),
+        (hostile.check_pictures, lambda source: (hostile.pictures(source), hostile.image_options(source))),
     ],
     "prompts": [
-        (strategies.check_messages, (strategies.conversations(), strategies.template_options())),
-        (strategies.check_chat, (strategies.chat_arguments(),)),
+        (hostile.check_messages, lambda source: (hostile.conversation(source), hostile.template_options(source))),
+        (hostile.check_chat, lambda source: (hostile.chat_arguments(source),)),
     ],
 }
 
 
-def run_batch(check: Callable[..., str], inputs: tuple, number: int, counts: Counter) -> str | None:
-    """Run one batch; return the smallest input that breaks `check`, with its exception, or None."""
-    last: list[object] = []
+def make(number: int, generate: Callable[[Source], tuple]) -> tuple:
+    return generate(Source(random.Random(number).randint))
 
-    @seed(number)
-    @settings(max_examples=BATCH, **QUIET)
-    @given(st.tuples(*inputs))
-    def probe(arguments):
-        last[:] = arguments
-        counts[check(*arguments)] += 1
 
+def run(number: int, kind: str, counts: Counter) -> str | None:
+    """Run input `number` of a kind; return what it broke, or None."""
+    check, generate = TARGETS[kind][number % len(TARGETS[kind])]
+    arguments = make(number, generate)
     try:
-        probe()
+        counts[check(*arguments)] += 1
     except Exception as error:
-        return f"{check.__name__}({', '.join(map(repr, last))[:2000]}): {type(error).__name__}: {str(error)[:500]}"
+        counts["broken"] += 1
+        return f"{check.__name__} {number}: {type(error).__name__}: {str(error)[:300]!r} from {repr(arguments)[:600]}"
     return None
+
+
+def replay(name: str, number: int) -> int:
+    """Run one input again, with its traceback."""
+    check, generate = next(pair for pairs in TARGETS.values() for pair in pairs if pair[0].__name__ == name)
+    arguments = make(number, generate)
+    print(arguments)
+    print(check(*arguments))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--prompts", type=int, default=100_000)
-    parser.add_argument("--minutes", type=float, help="go on with further seeds until then")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="go on beyond those numbers until then")
+    parser.add_argument("--start", type=int, default=0, help="number of the first input")
+    parser.add_argument("--replay", nargs=2, metavar=("CHECK", "NUMBER"))
     options = parser.parse_args(argv)
+    faulthandler.enable()  # a crash inside a decoder tells where
+    if options.replay:
+        return replay(options.replay[0], int(options.replay[1]))
     logging.disable(logging.WARNING)
-    start = time.monotonic()
+    torch.set_num_threads(1)
+    begin = time.monotonic()
     counts = {kind: Counter() for kind in TARGETS}
-    findings: list[str] = []
+    findings, number = 0, options.start
 
     def unfinished(kind: str) -> bool:
-        if options.minutes is not None:
-            return time.monotonic() - start < 60 * options.minutes
-        return counts[kind].total() < getattr(options, kind)
+        beyond = options.minutes is not None and time.monotonic() - begin < 60 * options.minutes
+        return beyond or number - options.start < getattr(options, kind)
 
-    number = options.seed
-    while any(unfinished(kind) for kind in TARGETS):
-        for kind, checks in TARGETS.items():
-            for check, inputs in checks:
-                if not unfinished(kind):
-                    continue
-                finding = run_batch(check, inputs, number, counts[kind])
-                if finding:
-                    findings.append(finding)
-                    print(finding, flush=True)
+    while kinds := [kind for kind in TARGETS if unfinished(kind)]:
+        for kind in kinds:
+            finding = run(number, kind, counts[kind])
+            if finding:
+                findings += 1
+                print(finding, flush=True)
         number += 1
-        totals = {kind: counter.total() for kind, counter in counts.items()}
-        print(f"{time.monotonic() - start:.0f} s: {totals}, {len(findings)} findings", file=sys.stderr, flush=True)
+        if number % 5000 == 0:
+            print(f"{time.monotonic() - begin:.0f} s: {counts}, {findings} findings", file=sys.stderr, flush=True)
     result = {
-        **{kind: dict(counter) for kind, counter in counts.items()},
-        "findings": len(findings),
-        "seeds": [options.seed, number - 1],
-        "seconds": round(time.monotonic() - start),
+        **{kind: {"total": counter.total(), **counter} for kind, counter in counts.items()},
+        "findings": findings,
+        "numbers": [options.start, number - 1],
+        "seconds": round(time.monotonic() - begin),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "transformers": transformers.__version__,
     }
