@@ -4,6 +4,7 @@ tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`)
 -> Llama (`language_model`). Module names are the keys of the published checkpoints.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -24,7 +25,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
-from .quantization_nemotron_vl import prepare_loading
+from .quantization_nemotron_vl import HUB_ARGUMENTS, prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
 
 logger = logging.get_logger(__name__)
@@ -138,6 +139,11 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
             )
         if dequantization is not None:
             dequantization.finish(model)
+        if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
+            # transformers reads the generation config of a local directory's root instead of its subfolder's.
+            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            with contextlib.suppress(OSError):  # there is none
+                model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return (model, info) if wants_info else model
 
 

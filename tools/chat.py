@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from nemotron_vl.image_processing import select_tile_grid
 from PIL import Image, ImageDraw
-from transformers import AutoModel, AutoProcessor, GenerationConfig, TextStreamer
+from transformers import AutoModel, AutoProcessor, TextStreamer
 
 from . import ROOT
 
@@ -28,9 +28,7 @@ def load(directory: Path) -> tuple[Any, Any]:
     source = directory.resolve()
     if not (source / "modeling_nemotron_vl.py").exists():
         source, where["subfolder"] = source.parent, source.name
-    # transformers reads the generation config of a local folder beside its subfolder, not within: name the right one.
-    options = GenerationConfig.from_pretrained(directory)
-    model = AutoModel.from_pretrained(source, dtype="auto", generation_config=options, **where)
+    model = AutoModel.from_pretrained(source, dtype="auto", **where)
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
 
 

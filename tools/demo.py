@@ -16,7 +16,7 @@ from . import ROOT
 from .chat import Conversation, describe, draw_tiles, load
 
 RECEIPT = ROOT / "examples" / "receipt.png"
-QUESTIONS = ("What is the total?", "Who is the seller?", "Transcribe the page.")
+QUESTIONS = ("What is the total?", "Who is the seller?")
 
 
 def run(checkpoint: Path, picture: Image.Image, tiles: Path) -> list[str]:
