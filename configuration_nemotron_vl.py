@@ -517,6 +517,8 @@ class NemotronVLConfig(PretrainedConfig):
             # transformers 5 writes the defaults that every config has; _name_or_path is a path of this machine.
             noise = {key for key in GENERIC_KEYS if key in part and part[key] == generic.get(key)} | {"_name_or_path"}
             published[name] = {key: value for key, value in part.items() if key not in noise}
+        if self.vision_batch_size is None:  # a setting of ours; other runtimes need not see it
+            published.pop("vision_batch_size", None)
         published["llm_config"].pop("auto_map", None)  # only transformers' own Llama is ever built
         return published
 
