@@ -55,7 +55,7 @@ style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.dev  ## measure what fits this machine; one JSON line per question
-	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py; do $(PY) -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build
