@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
-from .quantization_nemotron_vl import HUB_ARGUMENTS, prepare_loading
+from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
 
 logger = logging.get_logger(__name__)
@@ -139,11 +139,12 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
             )
         if dequantization is not None:
             dequantization.finish(model)
-        if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
+        subfolder = kwargs.get("subfolder")
+        if subfolder and kwargs.get("generation_config") is None and os.path.isdir(pretrained_model_name_or_path):
             # transformers reads the generation config of a local directory's root instead of its subfolder's.
-            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             with contextlib.suppress(OSError):  # there is none
-                model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+                folder = os.path.join(pretrained_model_name_or_path, subfolder)
+                model.generation_config = GenerationConfig.from_pretrained(folder)
         return (model, info) if wants_info else model
 
 
