@@ -246,11 +246,11 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             return BaseModelOutputWithPooling(pooler_output=())
         batches = pixel_values.split(self.config.vision_batch_size or len(pixel_values))
         towers, projected = zip(*(self._encode_tiles(batch, **kwargs) for batch in batches), strict=True)
-        features = torch.cat(projected)
+        features = _join(projected)
         tokens_per_tile = features.shape[1]
         pooler_output = features.flatten(0, 1).split([tiles * tokens_per_tile for tiles in tiles_per_image])
         return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([tower.features for tower in towers]),
+            last_hidden_state=_join([tower.features for tower in towers]),
             pooler_output=pooler_output,
             hidden_states=_join_layers([tower.hidden_states for tower in towers]),
             attentions=_join_layers([tower.attentions for tower in towers]),
@@ -773,11 +773,16 @@ def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
 
 
+def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate, without a copy when there is one batch."""
+    return torch.cat(list(batches)) if len(batches) > 1 else batches[0]
+
+
 def _join_layers(layers_of_batches: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...] | None:
     """Join what the tower recorded per layer for each batch of tiles; None if it recorded nothing."""
     if layers_of_batches[0] is None:
         return None
-    return tuple(torch.cat(layer) for layer in zip(*layers_of_batches, strict=True))
+    return tuple(_join(layer) for layer in zip(*layers_of_batches, strict=True))
 
 
 def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) -> None:
@@ -790,23 +795,18 @@ def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) 
 
 
 def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfolder: str) -> None:
-    """Raise if the index of a local checkpoint is malformed or names files outside its directory."""
-    index = Path(str(pretrained_model_name_or_path), subfolder, "model.safetensors.index.json")
-    if not index.is_file():
-        return
-    content = json.loads(index.read_text(encoding="utf-8"))
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    strange = [
-        file
-        for file in files
-        # transformers opens a file of another suffix as a pickle
-        if not isinstance(file, str) or "\\" in file or Path(file).name != file or not file.endswith(".safetensors")
-    ]
-    if strange:
-        raise ValueError(
-            f"{index} must name safetensors files that lie beside it, but names {strange[0]!r}. Download it again."
-        )
+    """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
+    for index in Path(str(pretrained_model_name_or_path), subfolder).glob("*.safetensors.index*.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        for file in files:
+            # A file of another suffix would be opened as a pickle.
+            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
+            if not plain or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} must name safetensors files that lie beside it, but names {file!r}. Download it again."
+                )
 
 
 def _num_cached(past_key_values: Any | None) -> int:

@@ -107,17 +107,21 @@ def read_headers(files: list[str]) -> dict[str, TensorHeader]:
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             # A page instead of a file, or a git-lfs pointer, gives an absurd size.
-            entries = json.loads(file.read(header_size)) if 8 + header_size <= size else None
-        if entries is None:
+            text = file.read(header_size) if 8 + header_size <= size else None
+        if text is None:
             raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file. Download it again.")
-        entries.pop("__metadata__", None)
         data = 8 + header_size
-        end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        try:
+            entries = json.loads(text)
+            entries.pop("__metadata__", None)
+            end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            for name, entry in entries.items():
+                start, stop = entry["data_offsets"]
+                headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), path, data + start, data + stop)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} has a broken safetensors header ({error!r:.80}). Download it again.") from error
         if end != size:
             raise ValueError(f"{path} has {size} bytes, but its header describes {end}. Download it again.")
-        for name, entry in entries.items():
-            start, end = entry["data_offsets"]
-            headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), path, data + start, data + end)
     return headers
 
 
