@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-4.57 test-all check style bench clean
+.PHONY: demo test test-4.57 test-all check style bench fuzz eval-nano clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,12 +43,19 @@ check: $(VENV)/.dev $(OLD)/.run  ## style, structure, and the fast suite on both
 	$(PY) -m tools.lint
 	$(MAKE) test test-4.57
 
+fuzz: $(VENV)/.dev  ## hostile pictures and prompts for as long as you like; see tests/fuzz.py
+	$(PY) -m tests.fuzz
+
+eval-nano: $(VENV)/.dev  ## 1,000 held-out documents; needs the fonts of the extra `nano`
+	$(VENV)/bin/pip install -q matplotlib font-roboto font-source-sans-pro font-manrope
+	$(PY) -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
+
 style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.dev  ## measure what fits this machine; one JSON line per question
-	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py; do $(PY) -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build

@@ -503,7 +503,11 @@ class NemotronVLConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NemotronVLConfig":
         # Published files ask for flash_attention_2, which most machines lack. What runs is the caller's choice.
         config_dict = {key: value for key, value in config_dict.items() if key != "attn_implementation"}
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        # AutoModel.from_config(vision_config), which vLLM calls, looks for our code there.
+        config.vision_config.name_or_path = config.name_or_path
+        return loaded
 
     def to_diff_dict(self) -> dict[str, Any]:
         published = _published_form(super().to_diff_dict())

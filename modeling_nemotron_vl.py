@@ -4,6 +4,7 @@ tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`)
 -> Llama (`language_model`). Module names are the keys of the published checkpoints.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -138,6 +139,12 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
             )
         if dequantization is not None:
             dequantization.finish(model)
+        subfolder = kwargs.get("subfolder")
+        if subfolder and kwargs.get("generation_config") is None and os.path.isdir(pretrained_model_name_or_path):
+            # transformers reads the generation config of a local directory's root instead of its subfolder's.
+            with contextlib.suppress(OSError):  # there is none
+                folder = os.path.join(pretrained_model_name_or_path, subfolder)
+                model.generation_config = GenerationConfig.from_pretrained(folder)
         return (model, info) if wants_info else model
 
 
@@ -185,6 +192,15 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
+    def enable_input_require_grads(self) -> None:
+        """Make the inputs of text and vision blocks require gradients, for adapters under gradient checkpointing."""
+        super().enable_input_require_grads()
+        self.vision_model.enable_input_require_grads()  # transformers 4.57 sees to the text alone
+
+    def disable_input_require_grads(self) -> None:
+        super().disable_input_require_grads()
+        self.vision_model.disable_input_require_grads()
+
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
@@ -215,8 +231,6 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
         _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
-        if image_flags is not None:
-            pixel_values = pixel_values[image_flags.flatten().to(pixel_values.device) == 1]
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -224,9 +238,13 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
                 f"num_patches={tiles_per_image} counts {sum(tiles_per_image)} tiles, but pixel_values holds "
                 f"{num_tiles}. Pass both as one processor call returned them."
             )
-        if num_tiles == 0:
+        if image_flags is not None:
+            flags = image_flags.flatten().to(pixel_values.device) == 1
+            tiles_per_image = [int(own.sum()) for own in flags.split(tiles_per_image)]
+            pixel_values = pixel_values[flags]
+        if len(pixel_values) == 0:
             return BaseModelOutputWithPooling(pooler_output=())
-        batches = pixel_values.split(self.config.vision_batch_size or num_tiles)
+        batches = pixel_values.split(self.config.vision_batch_size or len(pixel_values))
         towers, projected = zip(*(self._encode_tiles(batch, **kwargs) for batch in batches), strict=True)
         features = _join(projected)
         tokens_per_tile = features.shape[1]
@@ -685,7 +703,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
         mask = [[0] * n + [1] * (width - n) for n in paddings]
         device = self.get_input_embeddings().weight.device
-        device = self.device if device.type == "meta" else device
+        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
         images = {"visual_features" if tiles_are_features else "pixel_values": tiles} if tiles is not None else {}
         output = self.generate(
             input_ids=torch.tensor(ids, device=device),

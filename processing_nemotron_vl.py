@@ -57,6 +57,10 @@ TEXT_OPTIONS = (
 CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", "images_kwargs", "text_kwargs", "common_kwargs")
 
 
+# Options of transformers' own method that are always on or of no use here.
+ALWAYS_SO = ("sanitize_control_tokens", "load_audio_from_video")
+
+
 class PromptIds(NamedTuple):
     """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if not asked for)."""
 
@@ -504,6 +508,8 @@ class NemotronVLProcessor(ProcessorMixin):
                 "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
             ) from error
         tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
+        tokenizer.padding_side = "left"  # generation goes on at the right
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # without token_type_ids
         return [image_processor, tokenizer]
 
     @property
@@ -634,18 +640,19 @@ class NemotronVLProcessor(ProcessorMixin):
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
-        padding_side: str = "left",
+        padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
         return_mm_token_type_ids: bool = False,
     ) -> tuple[dict[str, Any], list[list[int]]]:
         for name, value in {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}.items():
             if value is not None and operator.index(value) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        padding_side = padding_side or self.tokenizer.padding_side
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
         limit = (max_length or self.tokenizer.model_max_length) if truncation else None
         for ids, _ in prompts:
-            if limit is not None and self.image_token_id in ids[limit:]:
+            if limit is not None and not set(self.image_token_ids).isdisjoint(ids[limit:]):
                 raise ValueError(
                     f"Truncation to {limit} tokens would cut an image out of a prompt of {len(ids)} tokens. Use fewer "
                     "images, a smaller max_num_tiles, or a larger max_length."
@@ -718,7 +725,11 @@ class NemotronVLProcessor(ProcessorMixin):
         conversations = list(conversation) if batched else [conversation]
         if continue_final_message and not all(conversations):
             raise ValueError("continue_final_message=True needs a final message, but a conversation is empty.")
-        variables = {name: value for name, value in kwargs.items() if name not in CALL_OPTIONS}
+        template = self._resolve_template(chat_template)
+        variables = {name: value for name, value in kwargs.items() if name not in (*CALL_OPTIONS, *ALWAYS_SO)}
+        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unknown:
+            raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
         flattened = [_flatten_conversation(messages, guard) for messages in conversations]
@@ -729,7 +740,7 @@ class NemotronVLProcessor(ProcessorMixin):
                 conversations=[messages for messages, _ in flattened],
                 tools=tools,
                 documents=documents,
-                chat_template=self._resolve_template(chat_template),
+                chat_template=template,
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=add_generation_prompt,
@@ -739,9 +750,7 @@ class NemotronVLProcessor(ProcessorMixin):
             raise ValueError(f"The chat template refuses this conversation: {error}") from error
         if guard is None:
             return prompts if batched else prompts[0]
-        images = options.pop("images", None)
-        if any(pictures for _, pictures in flattened):
-            images = [pictures for _, pictures in flattened]
+        images = _choose_images(options.pop("images", None), [pictures for _, pictures in flattened])
         options = {"return_tensors": return_tensors, **options, "add_special_tokens": False}
         data, return_tensors, starts = self._encode(
             images, prompts, options, guard.marker, return_assistant_tokens_mask
@@ -821,6 +830,20 @@ def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
         list(group) if isinstance(group, (list, tuple)) else [] if group is None else [group] for group in images
     ]
     return [image for group in groups for image in group], [len(group) for group in groups]
+
+
+def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:
+    """Return the images of a batch: those in its messages, or those given for parts that hold none."""
+    in_messages = [picture for own in pictures for picture in own]
+    held = [picture for picture in in_messages if picture is not None]
+    if images is None and len(held) == len(in_messages):
+        return pictures if held else None
+    if images is None or held:
+        raise ValueError(
+            f"The messages have {len(in_messages)} image parts, {len(held)} of them with a picture, and images= was "
+            f"{'not ' if images is None else ''}given. Put every picture into its part, or all of them into images=."
+        )
+    return images
 
 
 def _flatten_conversation(

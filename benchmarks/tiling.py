@@ -26,9 +26,8 @@ import numpy as np
 import PIL
 import torch
 import transformers
+from nemotron_vl.image_processing import NemotronVLImageProcessor, select_tile_grid
 from PIL import Image
-
-from image_processing import NemotronVLImageProcessor, select_tile_grid
 
 TILE = 512
 

@@ -58,6 +58,7 @@ def through(source: str, **where) -> tuple[dict, torch.Tensor]:
         "templates": bool(processor.chat_template and tokenizer.chat_template),
         "tiles_of_a_strict_image_processor": image_processor(PICTURE)["num_patches"],
         "eos": generation_config.eos_token_id,
+        "eos of the model": model.generation_config.eos_token_id,
         "answer": model.chat(tokenizer, question="Hi", generation_config={"max_new_tokens": 4}, **features),
     }, logits
 

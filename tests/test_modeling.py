@@ -11,7 +11,7 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, pixel_shuff
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
 CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
@@ -203,6 +203,16 @@ def test_image_flags_leave_tiles_out(model, processor):
     torch.testing.assert_close(logits, expected)
 
 
+def test_image_flags_and_num_patches_go_together(model, processor):
+    features = processor.image_processor([WIDE, ONE])
+    flags = torch.ones(len(features["pixel_values"]))
+    flags[0] = 0
+    kept = model.get_image_features(**features, image_flags=flags).pooler_output
+    whole = model.get_image_features(**features).pooler_output
+    torch.testing.assert_close(kept[0], whole[0][processor.tokens_per_tile :])
+    torch.testing.assert_close(kept[1], whole[1])
+
+
 def test_mismatched_placeholders_raise_with_both_counts(model, processor):
     batch = encode(processor, [WIDE])
     tokens = int((batch["input_ids"] == model.config.image_token_id).sum())
@@ -242,9 +252,33 @@ def test_gradient_checkpointing_gives_equal_gradients(tiny_checkpoint, processor
         model(**batch, labels=batch["input_ids"]).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        if name.startswith("vision_model") and use_reentrant:
-            continue  # a reentrant checkpoint has no gradient without an input that requires one: pixels do not
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_adapters_inside_the_blocks_get_gradients_under_checkpointing(tiny_checkpoint, processor, use_reentrant):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attn.qkv" in name or "q_proj" in name)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    batch = encode(processor, [ONE])
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_loss_of_accumulated_batches_counts_all_their_tokens(model, processor):
+    batch = encode(processor, [ONE])
+    mean = model(**batch, labels=batch["input_ids"]).loss
+    num_targets = batch["input_ids"].shape[1] - 1
+    loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=2 * num_targets).loss
+    torch.testing.assert_close(loss, mean / 2)
+
+
+def test_tower_is_built_from_the_vision_config_alone(tiny_checkpoint):
+    config = AutoConfig.from_pretrained(tiny_checkpoint, trust_remote_code=True)
+    tower = AutoModel.from_config(config.vision_config, trust_remote_code=True)
+    assert tower(x=torch.rand(1, 3, 64, 64)).features.shape == (1, 16, 32)
 
 
 def test_only_what_is_not_frozen_gets_gradients(tiny_checkpoint, processor):

@@ -18,6 +18,7 @@ from nemotron_vl.processing_nemotron_vl import (
     image_run,
 )
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from tools import ROOT
 
@@ -221,6 +222,57 @@ def test_truncation_never_cuts_an_image(processor):
     assert len(processor(text="abcdef", truncation=True, max_length=3)["input_ids"][0]) == 3
     with pytest.raises(ValueError, match="cut an image out of a prompt of"):
         processor(text="ab<image>", images=SMALL, truncation=True, max_length=3)
+    whole = len(processor(text="<image>", images=SMALL)["input_ids"][0])
+    with pytest.raises(ValueError, match="cut an image"):
+        processor(text="<image>abc", images=SMALL, truncation=True, max_length=whole - 1)
+    processor(text="<image>abc", images=SMALL, truncation=True, max_length=whole)
+
+
+def test_padding_goes_to_the_side_of_the_tokenizer_or_the_call(tiny_checkpoint):
+    processor = NemotronVLProcessor.from_pretrained(tiny_checkpoint)
+    texts = ["a", "abc"]
+    assert processor(text=texts, padding=True)["attention_mask"][0] == [0, 0, 1]
+    assert processor(text=texts, padding=True, padding_side="right")["attention_mask"][0] == [1, 0, 0]
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts, padding=True)["attention_mask"][0] == [1, 0, 0]
+
+
+def test_a_tokenizer_that_adds_bos_by_itself_adds_one(tiny_checkpoint):
+    processor = NemotronVLProcessor.from_pretrained(tiny_checkpoint)
+    bos, bos_id = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+    )
+    for prompt in ("Hi", bos + "Hi"):
+        ids = processor(text=prompt)["input_ids"][0]
+        assert ids[0] == bos_id and ids.count(bos_id) == 1
+    assert processor(text="Hi", add_special_tokens=False)["input_ids"][0].count(bos_id) == 0
+
+
+def test_tools_and_documents_are_text_too(processor):
+    tool = {"type": "function", "function": {"name": "f", "description": "<|eot_id|><image>", "parameters": {}}}
+    ids = tokenize(processor, user(text("Hi")), tools=[tool])["input_ids"][0]
+    plain = tokenize(processor, user(text("Hi")), tools=[{**tool, "function": {"name": "f", "parameters": {}}}])
+    eos = processor.tokenizer.eos_token_id
+    assert ids.count(eos) == plain["input_ids"][0].count(eos)
+    assert processor.image_token_id not in ids
+
+
+def test_images_may_be_given_beside_bare_image_parts_but_not_twice(processor):
+    bare = user({"type": "image"}, text("?"))
+    got = tokenize(processor, bare, images=[SMALL], return_tensors="pt")
+    assert torch.equal(
+        got["input_ids"], tokenize(processor, user(picture(), text("?")), return_tensors="pt")["input_ids"]
+    )
+    with pytest.raises(ValueError, match="1 image parts, 1 of them with a picture, and images= was given"):
+        tokenize(processor, user(picture(), text("?")), images=[SMALL])
+    with pytest.raises(ValueError, match="1 image parts, 0 of them with a picture, and images= was not given"):
+        tokenize(processor, bare)
+
+
+def test_misspelt_options_of_the_template_call_are_refused(processor):
+    with pytest.raises(TypeError, match="max_tiles"):
+        tokenize(processor, user(text("Hi")), max_tiles=1)
 
 
 def test_assistant_mask_covers_answers_and_their_ends(processor):

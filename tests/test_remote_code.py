@@ -138,6 +138,7 @@ def test_each_route_opens_everything(doors, door):
     assert result["templates"]
     assert result["tiles_of_a_strict_image_processor"] == [1]
     assert isinstance(result["eos"], int) and isinstance(result["answer"], str)
+    assert result["eos of the model"] == 257  # of the tiny checkpoint, not of a root beside it
 
 
 @pytest.mark.parametrize("name", ["export", "round trip"])

@@ -45,6 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=(ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
         model_max_length=16384,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 

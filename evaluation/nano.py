@@ -1,0 +1,201 @@
+"""How well nano reads documents it has never seen: `make eval-nano`.
+
+    python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
+
+Each held-out document is drawn as a picture, goes through the checkpoint's own processor, and is asked one thing
+through `model.chat()`, greedy. The tasks take turns. Values are never those of training; half of the pictures use fonts
+and half of the pages a layout that training has not seen, and three in ten questions a phrasing. The last line of the
+output is one JSON object.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+
+from evaluation import ROOT
+from tools.chat import load
+from training.documents import KINDS, NUM_LAYOUTS, document
+from training.drawing import FONTS, draw, random_style, require_fonts
+from training.questions import Asker, Conversation, Turn, compare, text_only
+
+SPLIT = "heldout"
+TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
+TASKS += ("transcription", "html", "compare", "compare", "text")
+MAX_NEW_TOKENS = {"transcription": 320, "html": 400}
+
+
+@dataclass
+class Question:
+    """One thing asked; `page` describes what makes it hard."""
+
+    turn: Turn
+    pictures: list[Image.Image]
+    kind: str
+    seen_font: bool
+    seen_layout: bool
+
+
+def batches(questions: list[Question], batch_size: int) -> Iterator[list[Question]]:
+    """Batches of questions with equally many pictures and like limits of the answer's length."""
+    groups: dict[tuple[int, int], list[Question]] = defaultdict(list)
+    for question in questions:
+        groups[len(question.pictures), MAX_NEW_TOKENS.get(question.turn.task, 0)].append(question)
+    for members in groups.values():
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Fewest insertions, deletions and replacements that turn one string into the other."""
+    row = list(range(len(second) + 1))
+    for index, character in enumerate(first, 1):
+        diagonal, row[0] = row[0], index
+        for column, other in enumerate(second, 1):
+            diagonal, row[column] = (
+                row[column],
+                min(row[column] + 1, row[column - 1] + 1, diagonal + (character != other)),
+            )
+    return row[-1]
+
+
+def make_question(seed: int, kinds: tuple[str, ...]) -> Question:
+    """The question of a seed; its task is the seed's turn in `TASKS`."""
+    task = TASKS[seed % len(TASKS)]
+    rng = random.Random(f"evaluation {seed}")
+    if task == "text":
+        conversation = text_only(seed, SPLIT, 1)
+    elif task == "compare":
+        conversation = compare(seed, SPLIT, 1)
+    else:
+        conversation = _about_one_page(task, seed, rng, kinds)
+    styles = [random_style(seed + 10**6 * index, SPLIT) for index in range(len(conversation.documents))]
+    pages = conversation.documents
+    return Question(
+        turn=conversation.turns[0],
+        pictures=[draw(page, style, seed) for page, style in zip(pages, styles, strict=True)],
+        kind=pages[0].kind if pages else "none",
+        seen_font=all(style.font in FONTS["train"] for style in styles),
+        seen_layout=all(page.layout != NUM_LAYOUTS - 1 for page in pages),
+    )
+
+
+def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, ...]) -> Conversation:
+    asker = Asker(rng, SPLIT)
+    suited = {"price": ("receipt", "invoice"), "cell": ("table",), "html": ("table",)}
+    suited["chart"] = ("bar chart", "line chart")
+    ask: dict[str, Callable] = {"field": asker.field, "absent": asker.absent, "yes/no": asker.check}
+    ask |= {"transcription": asker.transcribe, "html": asker.html}
+    for attempt in range(1000):
+        page = document(1000 * seed + attempt, SPLIT, rng.choice(suited.get(task, kinds)))
+        turn = ask.get(task, asker.price)(page)
+        if turn.task == task:
+            return Conversation([page], [turn])
+    raise ValueError(f"No {task!r} question can be asked about {', '.join(kinds)}.")
+
+
+@torch.no_grad()
+def answer(model, processor, questions: list[Question]) -> list[str]:
+    """Greedy answers of `model.chat()` to a batch."""
+    pictures = [question.pictures for question in questions]
+    flat = [picture for group in pictures for picture in group]
+    pixels = processor.image_processor(flat, return_tensors="pt") if flat else {}
+    placeholders = ["<image>\n" * len(group) for group in pictures]
+    texts = [place + question.turn.question for place, question in zip(placeholders, questions, strict=True)]
+    longest = max(MAX_NEW_TOKENS.get(question.turn.task, 40) for question in questions)
+    return model.chat(processor.tokenizer, question=texts, generation_config={"max_new_tokens": longest}, **pixels)
+
+
+def score(question: Question, given: str) -> dict[str, float]:
+    """Exact match, and for long answers the character error rate."""
+    wanted = question.turn.answer
+    marks = {"exact": float(given == wanted)}
+    if question.turn.task in MAX_NEW_TOKENS:
+        marks["character_error_rate"] = min(1.0, edit_distance(given, wanted) / len(wanted))
+    return marks
+
+
+def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Means per task, with the exact matches where font, layout and phrasing were seen, and where none was."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["task"]].append(row)
+    summary = {}
+    for task, members in groups.items():
+        summary[task] = {"questions": len(members), "exact": mean(row["exact"] for row in members)}
+        if task in MAX_NEW_TOKENS:
+            summary[task]["character_error_rate"] = mean(row["character_error_rate"] for row in members)
+        for name in ("seen_font", "seen_layout", "seen_phrasing"):
+            summary[task][f"exact_{name}"] = mean(row["exact"] for row in members if row[name])
+            summary[task][f"exact_un{name}"] = mean(row["exact"] for row in members if not row[name])
+    return summary
+
+
+def markdown(report: dict) -> str:
+    """The summary as a table: exact match, and what unseen fonts, layouts and phrasings cost."""
+    lines = ["| task | questions | exact | unseen font | unseen layout | unseen phrasing | character error rate |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for task, numbers in report["tasks"].items():
+        names = ("exact", "exact_unseen_font", "exact_unseen_layout", "exact_unseen_phrasing", "character_error_rate")
+        cells = ["" if numbers.get(name) is None else f"{numbers[name]:.3f}" for name in names]
+        lines.append(f"| {task} | {numbers['questions']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser.add_argument("--documents", type=int, default=1000)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    require_fonts()
+    model, processor = load(arguments.model)
+
+    questions = [make_question(seed, tuple(arguments.kinds)) for seed in range(arguments.documents)]
+    rows: list[dict] = []
+    started = time.monotonic()
+    for batch in batches(questions, arguments.batch_size):
+        for question, given in zip(batch, answer(model, processor, batch), strict=True):
+            turn = question.turn
+            rows.append(
+                {"task": turn.task, "kind": question.kind, "question": turn.question, "wanted": turn.answer}
+                | {"given": given, "seen_font": question.seen_font, "seen_layout": question.seen_layout}
+                | {"seen_phrasing": turn.seen}
+                | score(question, given)
+            )
+        print(f"{len(rows)} of {len(questions)}", end="\r", flush=True)
+    report = {
+        "model": arguments.model.name,
+        "documents": arguments.documents,
+        "kinds": arguments.kinds,
+        "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": arguments.threads,
+        "tasks": summarize(rows),
+    }
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
+    print(f"\n{markdown(report)}\n{json.dumps(report)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The drawn documents, their questions and the sequences made of them."""
+
+import random
+
+import pytest
+import torch
+
+from training.batches import IGNORE, Encoder, compare, exercise, lesson
+from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, document
+from training.drawing import FONTS, draw, random_style
+from training.nano import load_tokenizer, tiles_of
+from training.questions import ABSENT, Asker, ask, read_out, text_only
+from training.words import split_of
+
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(load_tokenizer())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_always_gives_the_same_document_and_picture(kind):
+    first, second = (document(3, kind=kind) for _ in range(2))
+    assert first == second
+    pixels = [draw(page, random_style(5), seed=7).tobytes() for page in (first, second)]
+    assert pixels[0] == pixels[1]
+    assert document(4, kind=kind) != first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_is_printed_exactly_and_the_page_is_filled(kind):
+    for seed in SEEDS:
+        page = document(seed, kind=kind)
+        assert len(page.lines) == ROWS_PER_PAGE
+        assert max(map(len, page.lines)) <= COLUMNS
+        for value in [*page.fields.values(), *page.prices.values()]:
+            assert value in page.text or value in "\n".join(page.lines)
+
+
+@pytest.mark.parametrize("kind", LONG_KINDS)
+def test_long_documents_fill_two_tiles(kind):
+    page = document(1, kind=kind, num_pages=2)
+    assert len(page.lines) == 2 * ROWS_PER_PAGE
+    assert len(tiles_of([draw(page, random_style(1))])) == 2
+
+
+def test_one_page_is_one_tile_in_every_style():
+    pictures = [draw(document(seed), random_style(seed)) for seed in range(12)]
+    assert tiles_of(pictures).shape == (12, 3, 512, 512)
+
+
+def test_splits_share_no_values_and_the_last_layout_is_held_out():
+    for seed in SEEDS:
+        for split in ("train", "heldout"):
+            page = document(seed, split)
+            values = [page.fields[name] for name in ("supplier", "date", "address") if name in page.fields]
+            if not any(value.isupper() for value in values):
+                assert {split_of(value) for value in values} <= {split}
+            assert split == "heldout" or page.layout < NUM_LAYOUTS - 1
+    assert any(document(seed, "heldout").layout == NUM_LAYOUTS - 1 for seed in SEEDS)
+
+
+def test_held_out_fonts_and_phrasings_are_never_drawn_for_training():
+    assert all(random_style(seed).font not in FONTS["heldout"] for seed in range(200))
+    for seed in SEEDS:
+        assert all(turn.seen for turn in ask(seed, "train", document(seed), 6).turns)
+    assert any(not turn.seen for seed in SEEDS for turn in ask(seed, "heldout", document(seed, "heldout"), 6).turns)
+
+
+def test_answers_come_from_the_page_and_absent_fields_do_not():
+    for seed in SEEDS:
+        page = document(seed)
+        printed = "\n".join(page.lines)
+        for turn in ask(seed, "train", page, 8).turns:
+            assert turn.answer in (ABSENT, "Yes.", "No.") or turn.answer in printed
+
+
+def test_a_table_becomes_html_cell_by_cell():
+    page = document(2, kind="table")
+    html = Asker(random.Random(0), "train").html(page).answer
+    assert html.count("<tr>") == len(page.table)
+    assert "".join(f"<td>{cell}</td>" for cell in page.table[1]) in html
+
+
+def test_comparisons_are_right():
+    for seed in SEEDS:
+        conversation = compare(seed, "train", 3)
+        first, second = conversation.documents
+        for turn in conversation.turns:
+            if "higher" in turn.question:
+                amounts = [
+                    float(page.fields["total"].lstrip("$\u20ac\u00a3").replace(",", ".")) for page in (first, second)
+                ]
+                assert turn.answer == ("The first." if amounts[0] > amounts[1] else "The second.")
+            assert turn.answer in ("The first.", "The second.", "Yes.", "No.")
+
+
+def test_only_answers_carry_loss(encoder):
+    conversation = lesson(5)
+    ids, labels = encoder.conversation(conversation)
+    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE])
+    assert learned == "".join(f"{turn.answer}<|eot_id|>" for turn in conversation.turns)
+    assert ids[: len(encoder.prompt(conversation))] == encoder.prompt(conversation)
+
+
+def test_training_prompts_equal_the_chat_template(encoder):
+    page = document(1)
+    conversation = ask(1, "train", page, 2)
+    messages = []
+    for index, turn in enumerate(conversation.turns):
+        messages.append({"role": "user", "content": ("<image>\n" if index == 0 else "") + turn.question})
+        messages.append({"role": "assistant", "content": turn.answer})
+    text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+    image = "<img>" + "<image>" * ROWS_PER_PAGE * COLUMNS + "</img>"
+    assert encoder.tokenizer.decode(encoder.conversation(conversation)[0]) == text.replace("<image>", image)
+
+
+def test_the_tokenizer_gives_every_printed_character_one_token(encoder):
+    page = document(3, kind="receipt")
+    for value in page.fields.values():
+        if " " not in value:
+            assert len(encoder.encode(value)) <= len(value)
+    assert encoder.tokenizer.decode(encoder.encode(page.text)) == page.text
+    assert len(encoder.cells(page)) == ROWS_PER_PAGE * COLUMNS
+
+
+def test_batches_pad_right_and_name_each_visual_token(encoder):
+    batch = encoder.batch([exercise(1, 3), read_out(2, "train", document(2)), text_only(3, "train", 1)])
+    assert batch.input_ids.shape == batch.labels.shape
+    assert (batch.input_ids == encoder.image_token_id).sum() == sum(len(encoder.cells(page)) for page in batch.pages)
+    assert torch.equal(batch.labels[batch.labels != IGNORE], batch.input_ids[batch.labels != IGNORE])

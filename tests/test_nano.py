@@ -1,0 +1,80 @@
+"""Nano, the trained checkpoint: it loads by every door, reads the bundled receipt, and the tools show how."""
+
+import json
+
+import pytest
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
+
+from tools import ROOT
+from tools.chat import Conversation, describe, draw_tiles, load
+from tools.demo import RECEIPT
+from training.nano import TILING, build_model, load_tokenizer
+from training.tokenizer import build_tokenizer
+
+MEGABYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load(ROOT / "nano")
+
+
+@pytest.fixture(scope="module")
+def receipt() -> Image.Image:
+    return Image.open(RECEIPT).convert("RGB")
+
+
+def test_nano_is_small_and_holds_no_code():
+    files = list((ROOT / "nano").iterdir())
+    assert sum(file.stat().st_size for file in files) < 40 * MEGABYTE
+    assert not [file for file in files if file.suffix == ".py"]
+
+
+def test_nano_loads_from_its_subfolder():
+    where = {"subfolder": "nano", "trust_remote_code": True}
+    assert type(AutoModel.from_pretrained(ROOT, **where)).__name__ == "Llama_Nemotron_Nano_VL"
+    assert AutoProcessor.from_pretrained(ROOT, **where).image_processor.image_size == 512
+    assert AutoTokenizer.from_pretrained(ROOT, **where).convert_tokens_to_ids("<image>") is not None
+
+
+def test_weights_have_the_published_names(nano):
+    names = set(nano[0].state_dict())
+    assert names >= {"vision_model.radio_model.model.patch_generator.pos_embed", "mlp1.0.weight", "mlp1.3.bias"}
+    assert all(name.startswith(("vision_model.radio_model.", "mlp1.", "language_model.")) for name in names)
+
+
+def test_the_training_scripts_build_the_shipped_checkpoint(nano):
+    shapes = {name: weight.shape for name, weight in nano[0].state_dict().items()}
+    assert {name: weight.shape for name, weight in build_model(load_tokenizer()).state_dict().items()} == shapes
+    settings = json.loads((ROOT / "nano" / "preprocessor_config.json").read_text())
+    assert settings.items() >= TILING.items()
+
+
+def test_the_tokenizer_can_be_built_again():
+    assert build_tokenizer().get_vocab() == load_tokenizer().get_vocab()
+
+
+def test_nano_reads_the_bundled_receipt(nano, receipt, capsys):
+    conversation = Conversation(*nano, [receipt])
+    assert conversation.ask("What is the total?") == "\u00a3170.18"
+    assert conversation.ask("Who is the seller?") == "Heweam Mill"
+    assert "170.18" in capsys.readouterr().out
+
+
+def test_a_batch_answers_like_single_questions(nano, receipt):
+    model, processor = nano
+    features = processor.image_processor([receipt, receipt], return_tensors="pt")
+    questions = ["What is the total?", "Which date is on the page?"]
+    together = model.chat(processor, question=questions, generation_config={"max_new_tokens": 20}, **features)
+    alone = [Conversation(model, processor, [receipt], 20).ask(question) for question in questions]
+    assert together == alone
+
+
+def test_tiles_are_described_and_drawn(nano, receipt):
+    processor = nano[1]
+    assert describe(processor, receipt).endswith("1 x 1 tiles -> 258 tokens")
+    tall = receipt.resize((receipt.width, 2 * receipt.height))
+    assert describe(processor, tall).endswith("1 x 2 tiles -> 514 tokens")
+    page = draw_tiles(processor.image_processor, tall)
+    assert page.size == tall.size and page.tobytes() != tall.tobytes()

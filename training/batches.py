@@ -1,0 +1,145 @@
+"""Turn conversations about drawn documents into token sequences in the published prompt format.
+
+A sequence is `<|begin_of_text|>`, then per turn a user and an assistant block; the images come first, each as `<img>`,
+256 `<image>` per tile, `</img>` and a line break. Only answers (with their `<|eot_id|>`) carry loss.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from training.documents import COLUMNS, KINDS, ROWS_PER_PAGE, Document, document
+from training.questions import Conversation, Turn, ask, compare, read_out, text_only
+
+TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """Right-padded sequences.
+
+    Attributes:
+        input_ids: `(num_sequences, length)`.
+        labels: like `input_ids`; -100 where there is no loss.
+        pages: the documents whose tiles fill the image tokens, in order.
+        conversations: what the sequences say.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    pages: list[Document] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+
+
+class Encoder:
+    """Encodes conversations with a tokenizer.
+
+    Args:
+        tokenizer: nano's.
+        skip_blank_rows: leave blank rows of pages out of the sequence, for cheap first lessons on perfect cells.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_blank_rows: bool = False):
+        self.tokenizer = tokenizer
+        self.skip_blank_rows = skip_blank_rows
+        self.pad_token_id = tokenizer.pad_token_id
+        self.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        self.start = self.encode("<|begin_of_text|>")
+        self.user = self.encode("<|start_header_id|>user<|end_header_id|>\n\n")
+        self.assistant = self.encode("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        self.end = self.encode("<|eot_id|>")
+        self.glyphs = {chr(code): self.encode(chr(code))[0] for code in range(32, 127)}
+        self.glyphs.update({sign: self.encode(sign)[0] for sign in "\u20ac\u00a3"})
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def image(self, page: Document) -> list[int]:
+        tokens = [self.image_token_id] * (COLUMNS * len(self.rows(page)))
+        return [*self.encode("<img>"), *tokens, *self.encode("</img>\n")]
+
+    def prompt(self, conversation: Conversation, num_answered: int = 0) -> list[int]:
+        """Ids up to where the answer of turn `num_answered` begins; earlier turns are answered truly."""
+        ids, _ = self.conversation(conversation, num_answered)
+        return [*ids, *self._question(conversation, num_answered)]
+
+    def _question(self, conversation: Conversation, index: int) -> list[int]:
+        images = [token for page in conversation.documents for token in self.image(page)] if index == 0 else []
+        start = self.start if index == 0 else []
+        return [*start, *self.user, *images, *self.encode(conversation.turns[index].question), *self.assistant]
+
+    def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:
+        """Return `(input_ids, labels)` of the first `num_turns` turns, all by default."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, turn in enumerate(conversation.turns[:num_turns]):
+            question = self._question(conversation, index)
+            answer = [*self.encode(turn.answer), *self.end]
+            ids += question + answer
+            labels += [IGNORE] * len(question) + answer
+        return ids, labels
+
+    def rows(self, page: Document) -> list[int]:
+        """The rows of a page that have visual tokens."""
+        return [row for row, line in enumerate(page.lines) if line.strip() or not self.skip_blank_rows]
+
+    def cells(self, page: Document) -> list[tuple[int, int]]:
+        """Glyph and position in its tile of each visual token, row by row: what a perfect eye would see."""
+        return [
+            (self.glyphs[character], (row * COLUMNS + column) % TOKENS_PER_TILE)
+            for row in self.rows(page)
+            for column, character in enumerate(page.lines[row].ljust(COLUMNS))
+        ]
+
+    def batch(self, conversations: list[Conversation]) -> Batch:
+        encoded = [self.conversation(conversation) for conversation in conversations]
+        length = max(len(ids) for ids, _ in encoded)
+        input_ids = torch.tensor([ids + [self.pad_token_id] * (length - len(ids)) for ids, _ in encoded])
+        labels = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in encoded])
+        pages = [page for conversation in conversations for page in conversation.documents]
+        return Batch(input_ids, labels, pages, conversations)
+
+
+def lessons_by_length(encoder: "Encoder", conversations: list[Conversation], batch_size: int) -> list[Batch]:
+    """Put conversations of like length together, to pad little; the order of the batches is by length."""
+    by_length = sorted(conversations, key=lambda conversation: len(encoder.conversation(conversation)[0]))
+    return [encoder.batch(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)]
+
+
+def exercise(seed: int, num_lines: int) -> Conversation:
+    """Lines of random characters to read out: there is nothing to guess, so a reader has to copy."""
+    rng = random.Random(f"exercise {seed}")
+    alphabet = [chr(code) for code in range(33, 127)] + ["\u20ac", "\u00a3"]
+    lines = ["".join(rng.choices(alphabet, k=rng.randint(3, COLUMNS))) for _ in range(num_lines)]
+    page = Document("exercise", 0, lines + [""] * (ROWS_PER_PAGE - num_lines))
+    return Conversation([page], [Turn("transcription", "Read the page.", page.text)])
+
+
+def lesson(
+    seed: int, kinds: tuple[str, ...] = tuple(KINDS), share_of_long: float = 0.0, share_of_pairs: float = 0.0
+) -> Conversation:
+    """Return the training conversation of a seed: questions about a page, then (mostly) its transcription.
+
+    Args:
+        seed: any integer.
+        kinds: the kinds of documents to draw.
+        share_of_long: how many of the conversations are about a document of two tiles.
+        share_of_pairs: how many compare two documents.
+    """
+    rng = random.Random(f"lesson {seed}")
+    draw = rng.random()
+    if draw < share_of_pairs:
+        return compare(seed, "train", 4)
+    if draw < share_of_pairs + 0.02:
+        return text_only(seed, "train", 4)
+    is_long = rng.random() < share_of_long
+    page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
+    if rng.random() < 0.25:
+        return read_out(seed, "train", page)
+    questions = ask(seed, "train", page, 7)
+    if rng.random() < 0.6:
+        questions.turns += read_out(seed, "train", page).turns
+    return questions

@@ -1,0 +1,230 @@
+"""Draw a document as a picture: fonts, inks, papers, and what scanners and cameras do to them.
+
+    python -m training.drawing docs/images/documents.jpg      # a contact sheet of held-out and training documents
+
+Fonts come from permissively licensed packages (see `FONTS`). They are set at a fixed pitch, one character a cell, as
+receipt printers and typewriters do; everything else varies with the seed.
+"""
+
+import argparse
+import importlib.util
+import io
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from training.documents import COLUMNS, KINDS, Document, document
+
+# (package that carries it, path within, licence)
+FONTS = {
+    "train": (
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans-Bold.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans-Oblique.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSerif-Italic.ttf", "Bitstream Vera"),
+        ("matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf", "OFL 1.1"),
+        ("font_roboto", "files/Roboto-Italic.ttf", "Apache 2.0"),
+        ("font_roboto", "files/Roboto-Bold.ttf", "Apache 2.0"),
+        ("font_source_sans_pro", "files/SourceSansPro-It.ttf", "OFL 1.1"),
+        ("font_roboto", "files/Roboto-Regular.ttf", "Apache 2.0"),
+        ("font_roboto", "files/Roboto-Medium.ttf", "Apache 2.0"),
+        ("font_source_sans_pro", "files/SourceSansPro-Regular.ttf", "OFL 1.1"),
+        ("font_source_sans_pro", "files/SourceSansPro-Semibold.ttf", "OFL 1.1"),
+    ),
+    "heldout": (
+        ("font_manrope", "files/Manrope-Medium.ttf", "OFL 1.1"),
+        ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono-Oblique.ttf", "Bitstream Vera"),
+    ),
+}
+INKS = ((20, 20, 20), (45, 45, 50), (20, 30, 90), (80, 20, 30), (25, 70, 40))
+PAPERS = ((255, 255, 255), (250, 250, 245), (252, 246, 228), (236, 242, 248), (242, 242, 242), (250, 236, 236))
+
+
+@dataclass
+class Style:
+    """How one picture looks; drawn from a seed, so that the same seed gives the same pixels."""
+
+    font: tuple[str, str, str]
+    cell_width: int
+    cell_height: int
+    size: float
+    ink: tuple[int, int, int]
+    paper: tuple[int, int, int]
+    shift: tuple[int, int]
+    degrees: float
+    blur: float
+    noise: float
+    shade: float
+    jpeg_quality: int
+
+
+def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style:
+    """Return the style of a seed.
+
+    Args:
+        seed: any integer.
+        split: "heldout" uses fonts that training never sees (half of the time) beside those that it does.
+        trouble: 0 for clean prints on the exact grid, 1 for all that may happen to paper.
+    """
+    rng = random.Random(f"style {split} {seed}")
+    fonts = FONTS["heldout"] if split == "heldout" and rng.random() < 0.5 else FONTS["train"]
+    fonts = [font for font in fonts if font_path(font)] or [("", "", "")]
+    cell_height = rng.choice((24, 28, 32, 32, 36))
+    return Style(
+        font=rng.choice(fonts),
+        cell_width=round(cell_height * rng.uniform(0.76, 0.95)),
+        cell_height=cell_height,
+        size=rng.uniform(0.72, 0.9),
+        ink=rng.choice(INKS),
+        paper=rng.choice(PAPERS),
+        shift=(round(rng.uniform(-3, 3) * trouble), round(rng.uniform(-3, 3) * trouble)),
+        degrees=rng.choice((0.0, rng.uniform(-0.7, 0.7))) * trouble,
+        blur=rng.choice((0.0, 0.0, rng.uniform(0.3, 0.9))) * trouble,
+        noise=rng.choice((0.0, rng.uniform(2, 14))) * trouble,
+        shade=rng.choice((0.0, rng.uniform(0.0, 0.2))) * trouble,
+        jpeg_quality=rng.choice((0, rng.randint(45, 95))) if trouble else 0,
+    )
+
+
+@lru_cache
+def font_path(font: tuple[str, str, str]) -> str | None:
+    """The file of a font, None when its package is not installed."""
+    package, path, _ = font
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None:
+        return None
+    found = Path(list(spec.submodule_search_locations)[0]) / path
+    return str(found) if found.exists() else None
+
+
+def require_fonts() -> None:
+    """Check that the packages of all fonts are there, for work whose numbers depend on them.
+
+    Raises:
+        ImportError: with the command that installs what is missing.
+    """
+    missing = sorted({font[0] for fonts in FONTS.values() for font in fonts if not font_path(font)})
+    if missing:
+        raise ImportError(
+            f"Fonts are missing: pip install {' '.join(package.replace('_', '-') for package in missing)}. Without them "
+            "documents are drawn in Pillow's own font, which is enough for tests only."
+        )
+
+
+@lru_cache(maxsize=64)
+def load_font(font: tuple[str, str, str], size: int) -> ImageFont.FreeTypeFont:
+    """The font at a size in pixels; Pillow's own when its package is missing."""
+    path = font_path(font) if font[0] else None
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=20000)
+def glyph(font: tuple[str, str, str], size: int, character: str, cell_width: int, cell_height: int) -> np.ndarray:
+    """Ink of one character in its cell, `(cell_height, cell_width)`, 0 to 255; too wide ones are narrowed."""
+    loaded = load_font(font, size)
+    ascent, descent = loaded.getmetrics()
+    width = max(1, round(loaded.getlength(character)))
+    cell = Image.new("L", (max(width, cell_width), cell_height))
+    left = (cell.width - width) / 2
+    ImageDraw.Draw(cell).text((left, (cell_height - ascent - descent) / 2), character, fill=255, font=loaded)
+    return np.asarray(cell if cell.width == cell_width else cell.resize((cell_width, cell_height)))
+
+
+def draw(page: Document, style: Style, seed: int = 0) -> Image.Image:
+    """Return the picture of a document: `cell_width` * 16 by `cell_height` * rows pixels, RGB.
+
+    Args:
+        page: what to print.
+        style: how.
+        seed: of the noise.
+    """
+    ink = _print_characters(page, style)
+    _draw_lines(page, style, ink)
+    picture = Image.composite(Image.new("RGB", ink.size, style.ink), Image.new("RGB", ink.size, style.paper), ink)
+    if style.degrees:
+        picture = picture.rotate(style.degrees, Image.Resampling.BILINEAR, fillcolor=style.paper)
+    if style.blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(style.blur))
+    if style.noise or style.shade:
+        picture = _spoil(picture, style, seed)
+    if style.jpeg_quality:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=style.jpeg_quality)
+        picture = Image.open(buffer).convert("RGB")
+    return picture
+
+
+def _print_characters(page: Document, style: Style) -> Image.Image:
+    width, height = style.cell_width, style.cell_height
+    ink = np.zeros((height * len(page.lines), width * COLUMNS), np.uint8)
+    size = round(height * style.size)
+    for row, line in enumerate(page.lines):
+        for column, character in enumerate(line):
+            if character != " ":
+                cell = ink[row * height : (row + 1) * height, column * width : (column + 1) * width]
+                cell[:] = glyph(style.font, size, character, width, height)
+    return Image.fromarray(np.roll(ink, style.shift[::-1], (0, 1)))
+
+
+def _draw_lines(page: Document, style: Style, ink: Image.Image) -> None:
+    """Rules, bars and the line of a chart, in the cells' own units."""
+    canvas = ImageDraw.Draw(ink)
+    width, height = style.cell_width, style.cell_height
+    for row in page.rules:
+        middle = row * height + height // 2
+        canvas.line((width // 2, middle, width * COLUMNS - width // 2, middle), fill=160, width=2)
+    for row, length in page.bars:
+        canvas.rectangle((2, row * height + 8, length * width, (row + 1) * height - 8), fill=110)
+    points = [((column + 0.5) * width, row * height + height - 6) for row, column in page.points]
+    canvas.line(points, fill=130, width=2)
+    for left, top in points:
+        canvas.ellipse((left - 3, top - 3, left + 3, top + 3), fill=200)
+
+
+def _spoil(picture: Image.Image, style: Style, seed: int) -> Image.Image:
+    """Add sensor noise and light that falls off to one side."""
+    rng = np.random.default_rng(seed)
+    pixels = np.asarray(picture, np.float32)
+    height, width, _ = pixels.shape
+    if style.shade:
+        slope = np.linspace(-1, 1, width, dtype=np.float32) * rng.uniform(-1, 1)
+        slope = slope + np.linspace(-1, 1, height, dtype=np.float32)[:, None] * rng.uniform(-1, 1)
+        pixels = pixels * (1 - style.shade * np.abs(slope))[..., None]
+    if style.noise:
+        pixels = pixels + rng.normal(0, style.noise, (height, width, 1)).astype(np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def contact_sheet(num_columns: int = 7, num_rows: int = 3) -> Image.Image:
+    """One column for each kind of document, held-out ones in the last row."""
+    width, height, gap = 300, 380, 12
+    sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (120, 124, 130))
+    for column, kind in enumerate(KINDS):
+        for row in range(num_rows):
+            split = "heldout" if row == num_rows - 1 else "train"
+            seed = 100 * column + row
+            picture = draw(document(seed, split, kind), random_style(seed, split), seed)
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    path = parser.parse_args().picture
+    require_fonts()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet().save(path, quality=80)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

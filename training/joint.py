@@ -1,0 +1,171 @@
+"""Stage 3: train tower, projector and language model together on pictures, and write nano.
+
+    python -m training.joint --language runs/cells --eyes runs/eyes --output runs/joint --minutes 20
+    python -m training.joint --start-from nano --output runs/more --minutes 60             # or go on from a checkpoint
+    python -m training.joint --output runs/joint --export nano                             # write the checkpoint
+
+Starts from a language model that reads perfect cells (stage 1) and eyes that imitate them (stage 2). The glyph loss of
+stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, which costs a third.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from training import ROOT
+from training.batches import Batch, Encoder, lesson, lessons_by_length
+from training.distil import Eye, draw_pages, glyph_loss
+from training.documents import KINDS
+from training.drawing import require_fonts
+from training.nano import build_model, load_tokenizer, save_nano
+from training.perfect_cells import (
+    Reader,
+    Run,
+    build_optimizers,
+    cells_of,
+    held_out_lesson,
+    load_weights,
+    set_progress,
+    unique_weights,
+)
+
+GLYPH_LOSS_WEIGHT = 0.3
+HEADS = ("eye.glyph_head.", "reader.cells.")  # what training needs and the checkpoint does not hold
+HEADS_FILE = ROOT / "training" / "heads.safetensors"
+
+
+class Nano(nn.Module):
+    """Eyes and reader side by side, as stages 1 and 2 left them."""
+
+    def __init__(self, vocab_size: int, eye: Eye):
+        super().__init__()
+        self.eye = eye
+        self.reader = Reader(vocab_size)
+
+    def forward(
+        self, batch: Batch, encoder: Encoder, pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return answer logits, the labels, and the glyph logits of all cells."""
+        if pixel_values is None:
+            return *self.reader(batch, encoder), None
+        visual_tokens, glyph_logits = self.eye(pixel_values)
+        return *self.reader(batch, encoder, visual_tokens), glyph_logits
+
+
+@torch.no_grad()
+def measure(nano: Nano, encoder: Encoder, kinds: tuple[str, ...], num_batches: int = 5) -> dict[str, float]:
+    """Teacher-forced accuracy of held-out answers to pictures: of tokens, and of whole answers."""
+    right_tokens = num_tokens = right_answers = num_answers = 0
+    for index in range(num_batches):
+        seeds = list(range(8 * index, 8 * index + 8))
+        batch = encoder.batch([held_out_lesson(seed, kinds) for seed in seeds])
+        logits, labels, _ = nano(batch, encoder, draw_pages(batch.pages, seeds, "heldout"))
+        right = logits.argmax(-1) == labels
+        right_tokens, num_tokens = right_tokens + right.sum().item(), num_tokens + len(right)
+        start = 0
+        for end in (labels == encoder.end[0]).nonzero().flatten().tolist():
+            right_answers, num_answers = right_answers + right[start : end + 1].all().item(), num_answers + 1
+            start = end + 1
+    return {"tokens": right_tokens / num_tokens, "answers": right_answers / num_answers}
+
+
+def export(nano: Nano, directory: Path) -> None:
+    """Write the checkpoint in the published layout."""
+    tokenizer = load_tokenizer()
+    model = build_model(tokenizer)
+    model.vision_model.load_state_dict(nano.eye.vision_model.state_dict())
+    model.mlp1.load_state_dict(nano.eye.mlp1.state_dict())
+    model.language_model.load_state_dict(nano.reader.language_model.state_dict())
+    save_nano(model, tokenizer, directory)
+    heads = {name: weight for name, weight in unique_weights(nano).items() if name.startswith(HEADS)}
+    save_file(heads, HEADS_FILE)
+
+
+def load_nano(nano: Nano, directory: Path) -> None:
+    """Go on from a written checkpoint and the heads that only training has."""
+    weights = load_file(directory / "model.safetensors")
+    placed = {}
+    for name, weight in weights.items():
+        placed[f"reader.{name}" if name.startswith("language_model.") else f"eye.{name}"] = weight
+    missing, unexpected = nano.load_state_dict(placed | load_file(HEADS_FILE), strict=False)
+    missing = [name for name in missing if not name.endswith(("lm_head.weight", "norm_mean", "norm_std"))]
+    if missing or unexpected:
+        raise ValueError(f"{directory} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
+    parser.add_argument("--start-from", type=Path, help="written checkpoint to go on from, instead of stages 1 and 2")
+    parser.add_argument("--language", type=Path, help="run of training.perfect_cells")
+    parser.add_argument("--eyes", type=Path, help="run of training.distil")
+    parser.add_argument("--export", type=Path, help="write the checkpoint there instead of training")
+    parser.add_argument("--freeze-eyes", action="store_true", help="train the language model alone")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--long", type=float, default=0.1, help="share of documents of two tiles")
+    parser.add_argument("--pairs", type=float, default=0.1, help="share of comparisons of two documents")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--muon-lr", type=float, default=0.01)
+    parser.add_argument("--adamw-lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    require_fonts()
+
+    tokenizer = load_tokenizer()
+    encoder = Encoder(tokenizer)
+    nano = Nano(len(tokenizer), Eye(build_model(tokenizer), len(tokenizer)))
+    run = Run(arguments.output, arguments.minutes)
+    if not run.resume(nano) and arguments.start_from:
+        load_nano(nano, arguments.start_from)
+    elif not run.state["step"]:
+        load_weights(nano.reader, arguments.language / "model.safetensors")
+        load_weights(nano.eye, arguments.eyes / "model.safetensors")
+    if arguments.export:
+        export(nano, arguments.export)
+        return
+    if arguments.freeze_eyes:
+        nano.eye.requires_grad_(False)
+    nano.reader.cells.requires_grad_(False)
+    kinds = tuple(arguments.kinds)
+    run.log({"step": run.state["step"], "held out": True} | measure(nano, encoder, kinds))
+    train(nano, encoder, run, arguments, kinds)
+
+
+def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
+    """Train until the run's minutes are spent."""
+    optimizers = build_optimizers(nano, arguments.muon_lr, arguments.adamw_lr)
+    pool: list[Batch] = []
+    while run.progress < 1:
+        if not pool:
+            first = (arguments.seed * 10**7 + run.state["step"]) * arguments.batch_size
+            seeds = range(first, first + arguments.batch_size * 4)
+            drawn = [lesson(seed, kinds, arguments.long, arguments.pairs) for seed in seeds]
+            pool = lessons_by_length(encoder, drawn, arguments.batch_size)
+        set_progress(optimizers, run.progress, run.steps_since_start)
+        batch = pool.pop(run.state["step"] % len(pool))
+        first = (arguments.seed * 10**7 + run.state["step"]) * 100
+        pixels = draw_pages(batch.pages, list(range(first, first + len(batch.pages)))) if batch.pages else None
+        logits, labels, glyph_logits = nano(batch, encoder, pixels)
+        loss = nn.functional.cross_entropy(logits, labels)
+        numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
+        if pixels is not None and not arguments.freeze_eyes:
+            glyphs = cells_of(batch, encoder)[:, 0].view(glyph_logits.shape[:2])
+            loss = loss + GLYPH_LOSS_WEIGHT * glyph_loss(glyph_logits, glyphs, encoder.glyphs[" "])
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in nano.parameters() if p.grad is not None], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.tick(nano, numbers, log_every=10)
+        if run.state["step"] % 200 == 0 or run.progress >= 1:
+            run.log({"step": run.state["step"], "held out": True} | measure(nano, encoder, kinds))
+
+
+if __name__ == "__main__":
+    main()

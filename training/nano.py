@@ -1,0 +1,100 @@
+"""The shape of nano, and its directory in the published layout.
+
+`build_model` makes the same classes as the released checkpoints, small; `save_nano` writes `nano/`, which loads with
+`AutoModel.from_pretrained(repository, subfolder="nano", trust_remote_code=True)`.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
+from nemotron_vl.image_processing import cut_tiles
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from PIL import Image
+from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from training import ROOT
+from training import tokenizer as nano_tokenizer
+
+IMAGE_SIZE = 512
+# Nano's pages are drawn at reading size: no doubling, at most two tiles one above the other, no thumbnail.
+TILING = {"image_size": IMAGE_SIZE, "max_num_tiles": 2, "use_thumbnail": False, "upscale": 1}
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer in `nano/`; `python -m training.tokenizer nano` made it."""
+    return PreTrainedTokenizerFast.from_pretrained(ROOT / "nano")
+
+
+def language_config(vocab_size: int) -> LlamaConfig:
+    """Nano's language model: 1.6 M parameters. Input and output embeddings are one matrix."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Llama_Nemotron_Nano_VL:
+    """Return nano with random weights."""
+    torch.manual_seed(seed)
+    text_config = language_config(len(tokenizer))
+    text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    text_config.pad_token_id = tokenizer.pad_token_id
+    config = NemotronVLConfig(
+        architectures=["Llama_Nemotron_Nano_VL"],
+        vision_config={
+            "args": {
+                "model": "vit_tiny_patch16_224",
+                "model_kwargs": {"embed_dim": 192, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
+                "cpe_max_size": IMAGE_SIZE,
+            },
+            "patch_size": 16,
+        },
+        llm_config=text_config,
+        force_image_size=IMAGE_SIZE,
+        downsample_ratio=0.5,
+        ps_version="v2",
+        image_tag_type="internvl",
+        vit_hidden_size=192,
+        projector_hidden_size=512,
+        img_context_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        max_sequence_length=4096,
+    )
+    return Llama_Nemotron_Nano_VL(config).float()
+
+
+def tiles_of(pictures: list[Image.Image]) -> torch.Tensor:
+    """Cut pictures by the recipe of the image processor: `(num_tiles, 3, 512, 512)`, float32 in 0..1."""
+    tiles = [tile for picture in pictures for tile in cut_tiles(picture, **TILING)]
+    return torch.stack(tiles).float() / 255
+
+
+def save_nano(model: Llama_Nemotron_Nano_VL, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write weights, configs and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    for code in directory.glob("*.py"):  # the code is the repository's, one folder up
+        code.unlink()
+    (directory / "model.safetensors").chmod(0o644)
+    nano_tokenizer.save(tokenizer, directory)
+    (directory / "special_tokens_map.json").write_text((ROOT / "special_tokens_map.json").read_text())
+    for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
+        settings = json.loads((ROOT / name).read_text())
+        if name.startswith("pre"):
+            settings.update(TILING)
+        if name.startswith("gen"):
+            settings.update(
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        (directory / name).write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,286 @@
+"""Questions about drawn documents, with exact answers.
+
+Tasks: "field", "price", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
+"compare" (two images) and "text" (no image). The last phrasing of each list is only ever used for "heldout".
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from training.documents import Document, document
+from training.words import words
+
+ABSENT = "Not in the document."
+
+FIELD_PHRASINGS = (
+    "What is the {}?",
+    "Give the {}, please.",
+    "{}?",
+    "Which {} is on the page?",
+    "Please find the {}.",
+    "Read the {}.",  # held out
+)
+PRICE_PHRASINGS = (
+    "What is the price of {}?",
+    "How much is {}?",
+    "Find the price of {}.",
+    "What does {} cost?",
+    "Give the price of {}, please.",  # held out
+)
+VALUE_PHRASINGS = (
+    "What is the value of {}?",
+    "Read the value of {}.",
+    "Find {}, please.",
+    "How much is {}?",  # held out
+)
+CELL_PHRASINGS = (
+    "What is the {1} of {0}?",
+    "Find the {1} of {0}.",
+    "Read {1} for {0}.",
+    "Give the {1} of {0}.",  # held out
+)
+CHECK_PHRASINGS = (
+    "Is the {} {}?",
+    "Is {1} the {0}?",
+    "Does the page give {1} as the {0}?",
+    "Does the page give the {0} as {1}?",
+)
+TRANSCRIBE_PHRASINGS = ("Transcribe the page.", "Read the page.", "Write out all the text.", "Give all the text.")
+HTML_PHRASINGS = (
+    "Extract the table in this image as HTML.",
+    "Write the table as HTML.",
+    "Give the table as HTML.",
+)
+COMPARE_PHRASINGS = {
+    "total": ("Which page has the higher total?", "Which total is higher?", "Find the higher total."),
+    "same": ("Do both pages have the same {}?", "Is the {} the same?", "Do both pages give the same {}?"),
+    "which": ("Which page is from {}?", "Find the page from {}.", "Which of both pages is from {}?"),
+}
+
+
+def phrase_word(article: str, word: str) -> tuple[str, ...]:
+    """Questions about the meaning of a word; the last is held out."""
+    noun = f"{article} {word}".strip()
+    return (f"What is {noun}?", f"What does the word {word} mean?", f"Explain {word}.", f"Explain the word {word}.")
+
+
+TEXT_QUESTIONS = {
+    "A proof of payment.": phrase_word("a", "receipt"),
+    "A request for payment.": phrase_word("an", "invoice"),
+    "The amount before tax.": phrase_word("a", "subtotal"),
+    "Value added tax.": phrase_word("", "VAT"),
+    "The last day to pay.": phrase_word("a", "due date"),
+    "The one who sells.": phrase_word("a", "supplier"),
+    "The one who buys.": phrase_word("a", "customer"),
+    "I read documents.": ("What do you do?", "Who are you?", "What can you do?", "What do you read?"),
+}
+SYNONYMS = {
+    "supplier": ("supplier", "seller", "name of the shop"),
+    "total": ("total", "total amount", "amount to pay"),
+    "tax": ("tax", "VAT"),
+    "date": ("date",),
+    "payment": ("payment", "way of payment"),
+    "highest": ("highest", "largest"),
+    "lowest": ("lowest", "smallest"),
+}
+# What a reader may expect on each kind of document, so that asking for it in vain is a fair question.
+EXPECTED = {
+    "receipt": words("supplier,address,phone number,receipt number,date,time,subtotal,tax,total,payment", ","),
+    "invoice": words("invoice number,supplier,customer,date,due date,tax,total,phone number,payment", ","),
+    "form": words(
+        "title,name,city,address,phone number,date of birth,customer number,employer,country,total,date", ","
+    ),
+    "table": words("title,total,date,supplier", ","),
+    "letter": words(
+        "date,recipient,sender,city,subject,day of the meeting,amount to bring,sender's address,phone number,total",
+        ",",
+    ),
+    "bar chart": words("title,highest,lowest,total,date", ","),
+    "line chart": words("title,highest,lowest,total,date", ","),
+}
+
+
+@dataclass
+class Turn:
+    """One question and its answer; `task` names what it tests, `seen` is False for a held-out phrasing."""
+
+    task: str
+    question: str
+    answer: str
+    seen: bool = True
+
+
+@dataclass
+class Conversation:
+    """Questions about zero, one or two documents, in the order asked."""
+
+    documents: list[Document]
+    turns: list[Turn]
+
+
+class Asker:
+    """Makes questions of one split from one random generator."""
+
+    def __init__(self, rng: random.Random, split: str):
+        self.rng = rng
+        self.split = split
+
+    def phrase(self, phrasings: tuple[str, ...], *parts: str) -> tuple[str, bool]:
+        """Return a question and whether its phrasing occurs in training."""
+        last = len(phrasings) - 1
+        index = last if self.split == "heldout" and self.rng.random() < 0.3 else self.rng.randrange(last)
+        question = phrasings[index].format(*parts)
+        return question[0].upper() + question[1:], index != last
+
+    def name_of(self, field: str) -> str:
+        return self.rng.choice(SYNONYMS.get(field, (field,)))
+
+    def turn(self, task: str, answer: str, phrasings: tuple[str, ...], *parts: str) -> Turn:
+        question, seen = self.phrase(phrasings, *parts)
+        return Turn(task, question, answer, seen)
+
+    def field(self, page: Document) -> Turn:
+        name = self.rng.choice(list(page.fields))
+        task = "chart" if name in ("highest", "lowest") else "field"
+        return self.turn(task, page.fields[name], FIELD_PHRASINGS, self.name_of(name))
+
+    def price(self, page: Document) -> Turn:
+        name = self.rng.choice(list(page.prices))
+        return self._about_thing(page, name, page.prices[name])
+
+    def _about_thing(self, page: Document, name: str, answer: str) -> Turn:
+        if page.kind == "table":
+            return self.turn("cell" if answer != ABSENT else "absent", answer, CELL_PHRASINGS, *name.split(" / "))
+        task = "absent" if answer == ABSENT else "chart" if "chart" in page.kind else "price"
+        return self.turn(task, answer, VALUE_PHRASINGS if "chart" in page.kind else PRICE_PHRASINGS, name)
+
+    def absent(self, page: Document) -> Turn:
+        missing = [name for name in EXPECTED[page.kind] if name not in page.fields]
+        if page.prices and (not missing or self.rng.random() < 0.3):
+            stranger = document(self.rng.randrange(10**9), self.split, page.kind)
+            things = [name.split(" / ")[0] for name in page.prices]
+            names = [name for name in stranger.prices if name.split(" / ")[0] not in things]
+            if names:
+                return self._about_thing(page, self.rng.choice(names), ABSENT)
+        if not missing:
+            return self.field(page)
+        return self.turn("absent", ABSENT, FIELD_PHRASINGS, self.name_of(self.rng.choice(missing)))
+
+    def check(self, page: Document) -> Turn:
+        """Yes/no: the true value, or one from another document of the kind."""
+        name = self.rng.choice([name for name in page.fields if name not in ("highest", "lowest")])
+        value, answer = page.fields[name], "Yes."
+        if self.rng.random() < 0.5:
+            for _ in range(20):
+                stranger = document(self.rng.randrange(10**9), self.split, page.kind)
+                if stranger.fields.get(name, value) != value:
+                    value, answer = stranger.fields[name], "No."
+                    break
+        return self.turn("yes/no", answer, CHECK_PHRASINGS, self.name_of(name), value)
+
+    def transcribe(self, page: Document) -> Turn:
+        return self.turn("transcription", page.text, TRANSCRIBE_PHRASINGS)
+
+    def html(self, page: Document) -> Turn:
+        rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in page.table]
+        rows[0] = rows[0].replace("td>", "th>")
+        return self.turn("html", f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>", HTML_PHRASINGS)
+
+    def text_only(self) -> Turn:
+        answer = self.rng.choice(list(TEXT_QUESTIONS))
+        return self.turn("text", answer, TEXT_QUESTIONS[answer])
+
+    def compare(self, first: Document, second: Document) -> Turn:
+        both = [
+            name for name in ("date", "supplier", "total", "title") if name in first.fields and name in second.fields
+        ]
+        amounts = [amount_of(page) for page in (first, second)]
+        kinds = ["same"] if both else []
+        kinds += ["total"] if None not in amounts and amounts[0] != amounts[1] else []
+        kinds += ["which"] if "supplier" in both else []
+        kind = self.rng.choice(kinds)
+        if kind == "total":
+            answer = "The first." if amounts[0] > amounts[1] else "The second."
+            return self.turn("compare", answer, COMPARE_PHRASINGS[kind])
+        if kind == "which":
+            answer, page = self.rng.choice((("The first.", first), ("The second.", second)))
+            return self.turn("compare", answer, COMPARE_PHRASINGS[kind], page.fields["supplier"])
+        name = self.rng.choice(both)
+        answer = "Yes." if first.fields[name] == second.fields[name] else "No."
+        return self.turn("compare", answer, COMPARE_PHRASINGS[kind], self.name_of(name))
+
+
+def amount_of(page: Document) -> float | None:
+    """The total as a number, None where there is none."""
+    printed = page.fields.get("total")
+    return None if printed is None else float(printed.lstrip("$\u20ac\u00a3").replace(",", "."))
+
+
+def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
+    """Return `num_turns` short questions about a page, all different."""
+    asker = Asker(random.Random(f"questions {split} {seed}"), split)
+    turns: dict[str, Turn] = {}
+    for _ in range(num_turns * 4):
+        kinds = [asker.field] * 4 + [asker.absent, asker.check] + ([asker.price] * 3 if page.prices else [])
+        turn = asker.rng.choice(kinds)(page)
+        # A value once given could be copied from the earlier answer: ask for each only once.
+        turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else turn.answer, turn)
+        if len(turns) == num_turns:
+            break
+    return Conversation([page], list(turns.values()))
+
+
+def read_out(seed: int, split: str, page: Document) -> Conversation:
+    """Return one long answer: the transcription, or for half of the tables the HTML."""
+    asker = Asker(random.Random(f"read out {split} {seed}"), split)
+    turn = asker.html(page) if page.table and asker.rng.random() < 0.5 else asker.transcribe(page)
+    return Conversation([page], [turn])
+
+
+def compare(seed: int, split: str, num_turns: int) -> Conversation:
+    """Return questions about two receipts or invoices; in one of three the second repeats a value of the first."""
+    asker = Asker(random.Random(f"compare {split} {seed}"), split)
+    kind = asker.rng.choice(("receipt", "invoice"))
+    pages = [document(asker.rng.randrange(10**9), split, kind) for _ in range(2)]
+    if asker.rng.random() < 0.5:
+        shared = [name for name in ("date", "supplier", "total") if all(name in page.fields for page in pages)]
+        name = asker.rng.choice(shared)
+        replace_value(pages[1], name, pages[0].fields[name])
+    turns: dict[str, Turn] = {}
+    for _ in range(num_turns * 3):
+        turn = asker.compare(*pages)
+        turns.setdefault(turn.question, turn)
+        if len(turns) == num_turns:
+            break
+    return Conversation(pages, list(turns.values()))
+
+
+def replace_value(page: Document, name: str, value: str) -> None:
+    """Print another value for a field, where it fits in place of the old one; otherwise leave the page alone."""
+    old = page.fields[name]
+    for row, line in enumerate(page.lines):
+        if old in line and len(old) >= 3 and len(line.replace(old, value)) <= 16:
+            page.lines[row] = line.replace(old, value)
+            page.fields[name] = value
+            return
+
+
+def text_only(seed: int, split: str, num_turns: int) -> Conversation:
+    """Return questions without a picture."""
+    asker = Asker(random.Random(f"text {split} {seed}"), split)
+    return Conversation([], [asker.text_only() for _ in range(num_turns)])
+
+
+def instruction_texts() -> Iterator[str]:
+    """Every fixed piece of wording of questions and short answers; the tokenizer keeps their words whole."""
+    for phrasings in (
+        FIELD_PHRASINGS, PRICE_PHRASINGS, VALUE_PHRASINGS, CELL_PHRASINGS, CHECK_PHRASINGS, TRANSCRIBE_PHRASINGS,
+        HTML_PHRASINGS, *COMPARE_PHRASINGS.values(), *TEXT_QUESTIONS.values(), *SYNONYMS.values(),
+    ):  # fmt: skip
+        yield from (phrasing.replace("{}", "").replace("{0}", "").replace("{1}", "") for phrasing in phrasings)
+    for names in EXPECTED.values():
+        yield from (f"the {name}" for name in names)
+        yield from (f"{name[0].upper()}{name[1:]}?" for name in names)
+    yield from TEXT_QUESTIONS
+    yield from (ABSENT, "Yes.", "No.", "The first.", "The second.")
