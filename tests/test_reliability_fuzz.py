@@ -14,7 +14,7 @@ from PIL import Image
 from tests import fuzz, hostile
 from tests.hostile import Source, tiny_processor
 
-BOUNDED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def source_of(data: st.DataObject) -> Source:

@@ -127,7 +127,7 @@ def test_features_of_the_wrong_shape_are_refused_with_the_right_one(model, proce
 # Tower batches -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
+@pytest.mark.parametrize("size", [1, 5, 100])
 def test_tower_batches_give_equal_results(tiny_checkpoint, model, processor, size):
     batch = encode(processor, ([picture(60, 20), picture(16, 16)], 1), ([picture(50, 40)], 5))
     assert len(batch["pixel_values"]) == 12
