@@ -5,16 +5,29 @@ A sequence is `<|begin_of_text|>`, then per turn a user and an assistant block; 
 """
 
 import random
+import string
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from training.documents import COLUMNS, KINDS, ROWS_PER_PAGE, Document, document
-from training.questions import Conversation, Turn, ask, compare, read_out, text_only
+from training.questions import (
+    ABSENT,
+    PRICE_PHRASINGS,
+    TRANSCRIBE_PHRASINGS,
+    VALUE_PHRASINGS,
+    Conversation,
+    Turn,
+    ask,
+    compare,
+    read_out,
+    text_only,
+)
 
 TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
 IGNORE = -100
+ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 
 
 @dataclass
@@ -109,13 +122,59 @@ def lessons_by_length(encoder: "Encoder", conversations: list[Conversation], bat
     return [encoder.batch(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)]
 
 
-def exercise(seed: int, num_lines: int) -> Conversation:
-    """Lines of random characters to read out: there is nothing to guess, so a reader has to copy."""
+def exercise(seed: int, num_lines: int = ROWS_PER_PAGE) -> Conversation:
+    """A page of random characters: there is nothing to guess, so a reader has to copy and to look up.
+
+    Args:
+        seed: any integer; a third of the exercises are lists of names and values with questions, if lines allow.
+        num_lines: at most so many printed lines.
+    """
     rng = random.Random(f"exercise {seed}")
-    alphabet = [chr(code) for code in range(33, 127)] + ["\u20ac", "\u00a3"]
-    lines = ["".join(rng.choices(alphabet, k=rng.randint(3, COLUMNS))) for _ in range(num_lines)]
-    page = Document("exercise", 0, lines + [""] * (ROWS_PER_PAGE - num_lines))
-    return Conversation([page], [Turn("transcription", "Read the page.", page.text)])
+    if num_lines >= 8 and rng.random() < 0.4:
+        return _look_up(rng, num_lines)
+    return _copy(rng, num_lines)
+
+
+def _copy(rng: random.Random, num_lines: int) -> Conversation:
+    """Lines of random characters to read out, few or many different ones, anywhere on the page."""
+    alphabet = rng.choice((ALPHABET, string.digits + ".,-", string.ascii_letters, string.ascii_lowercase[:6]))
+    count = rng.randint(min(3, num_lines), num_lines)
+    lines = [""] * ROWS_PER_PAGE
+    rows = sorted(rng.sample(range(ROWS_PER_PAGE), count)) if num_lines >= 8 else range(count)
+    for row in rows:
+        words = ["".join(rng.choices(alphabet, k=rng.randint(1, 8))) for _ in range(rng.randint(1, 3))]
+        line = (" " * rng.choice((0, 0, 0, 1, 4))) + (" " * rng.choice((1, 1, 3, 6))).join(words)
+        lines[row] = line[:COLUMNS].rstrip()
+    page = Document("exercise", 0, lines)
+    return Conversation([page], [Turn("transcription", rng.choice(TRANSCRIBE_PHRASINGS[:-1]), page.text)])
+
+
+def _look_up(rng: random.Random, num_lines: int) -> Conversation:
+    """Names with values on the same or on the next line; questions for some, and for names that are not there."""
+    names = list({"".join(rng.choices(string.ascii_letters, k=rng.randint(3, 6))): None for _ in range(num_lines)})
+    pieces = (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
+    form = rng.choice(("right", "left", "colon", "below"))
+    known: dict[str, str] = {}
+    lines: list[str] = []
+    for name in names:
+        value = "".join(rng.choices(rng.choice(pieces), k=rng.randint(2, 8)))
+        printed = {
+            "right": [name + value.rjust(COLUMNS - len(name))],
+            "left": [f"{name} {value}"],
+            "colon": [f"{name}: {value}"],
+            "below": [name, value],
+        }[form]
+        if len(lines) + len(printed) > num_lines:
+            break
+        lines += printed + [""] * (rng.random() < 0.1)
+        known[name] = value
+    lines = lines[:ROWS_PER_PAGE]
+    page = Document("exercise", 0, lines + [""] * (ROWS_PER_PAGE - len(lines)))
+    asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:2]
+    rng.shuffle(asked)
+    phrasings = rng.choice((VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
+    turns = [Turn("field", rng.choice(phrasings).format(name), known.get(name, ABSENT)) for name in asked]
+    return Conversation([page], turns)
 
 
 def lesson(
@@ -139,7 +198,7 @@ def lesson(
     page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
     if rng.random() < 0.25:
         return read_out(seed, "train", page)
-    questions = ask(seed, "train", page, 7)
+    questions = ask(seed, "train", page, 9)
     if rng.random() < 0.6:
         questions.turns += read_out(seed, "train", page).turns
     return questions
