@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModel, AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from . import ROOT
-from .chat import locate
+from .chat import load
 
 try:
     import openai  # noqa: F401  (the stock server builds its answers with it)
@@ -70,19 +70,18 @@ class OneModel(ModelManager):
     """Holds one checkpoint directory, under the name of the directory."""
 
     def __init__(self, directory: Path, **options: Any):
-        self.source, self.where = locate(directory)
-        super().__init__(force_model=directory.resolve().name, trust_remote_code=True, **options)
+        self._loaded = load(directory, **options)
+        super().__init__(force_model=directory.resolve().name)
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
         return model_id  # a directory has no revisions
 
     def _load_processor(self, *_: Any, **__: Any) -> Any:
-        return AutoProcessor.from_pretrained(self.source, **self.where)
+        return self._loaded[1]
 
     def _load_model(self, *_: Any, **__: Any) -> Any:
-        options = {"dtype": self.dtype, "device_map": self.device, "attn_implementation": self.attn_implementation}
-        return AutoModel.from_pretrained(self.source, **options, **self.where).eval()
+        return self._loaded[0]
 
     @staticmethod
     def get_model_modality(*_: Any, **__: Any) -> Modality:
@@ -206,16 +205,14 @@ def _check_part(part: Any) -> None:
         )
 
 
-def make_app(directory: Path, device: str = "auto", dtype: str = "auto", attention: str | None = None) -> FastAPI:
+def make_app(directory: Path, **options: Any) -> FastAPI:
     """Load a checkpoint directory and return the stock application around it, less the routes for other models.
 
     Args:
         directory: a directory with our code, or a subfolder of one, like `nano/`.
-        device: where to put the model, "auto", "cpu", "cuda", "cuda:1", ...
-        dtype: "auto" is the checkpoint's own.
-        attention: the attention implementation, None for the default.
+        options: of `AutoModel.from_pretrained`: `device_map`, `dtype`, `attn_implementation`, ...
     """
-    models = OneModel(directory, device=device, dtype=dtype, attn_implementation=attention)
+    models = OneModel(directory, **options)
     state = BoundedState()
     app = build_server(models, StrictChat(models, state), None, None, None, None, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
@@ -241,7 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32, ...; the default is the checkpoint's own")
     parser.add_argument("--attention", help="eager, sdpa, flash_attention_2, ...")
     arguments = parser.parse_args(argv)
-    app = make_app(arguments.directory, arguments.device, arguments.dtype, arguments.attention)
+    app = make_app(
+        arguments.directory,
+        device_map=arguments.device,
+        dtype=arguments.dtype,
+        attn_implementation=arguments.attention,
+    )
     uvicorn.run(app, host=arguments.host, port=arguments.port)
     return 0
 
