@@ -5,9 +5,13 @@ work. Module names are those of the published weights (`radio_model.model.blocks
 serves as `vision_model` of the VLM and, through `AutoModel`, for a stand-alone C-RADIO checkpoint directory.
 """
 
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -276,7 +280,68 @@ class RADIOConditionedTransformer(nn.Module):
         return self.model(self.input_conditioner(pixel_values), **kwargs)
 
 
-class RADIOModel(PreTrainedModel):
+class StrictPreTrainedModel(PreTrainedModel):
+    """Loads a checkpoint as a whole or not at all, and from safetensors files alone; the VLM does so as well."""
+
+    # What loading reports and does not forgive.
+    _refused_on_load = ("missing_keys", "unexpected_keys")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "StrictPreTrainedModel":
+        """Load a checkpoint; in addition to what transformers does, the weights must be those of this model.
+
+        Only safetensors files are read: a pickle can run any code while it is loaded.
+
+        Args:
+            pretrained_model_name_or_path: directory or Hub id.
+            args, kwargs: as for `PreTrainedModel.from_pretrained`. With `output_loading_info=True` the caller judges
+                missing and left-over weights himself.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
+                of weights is damaged, or the index names files outside the directory.
+            OSError: if files are absent.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
+            )
+        _check_index(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
+        if problems and not wants_info:
+            shown = "; ".join(
+                f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
+            )
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
+                "download is incomplete, or its config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
+
+
+def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfolder: str) -> None:
+    """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
+    for index in Path(str(pretrained_model_name_or_path), subfolder).glob("*.safetensors.index*.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content = content if isinstance(content, dict) else {}
+        if not isinstance(content.get("metadata"), dict):  # transformers asks for it
+            raise ValueError(f"{index} is no index of weights: it has no 'metadata'. Download it again.")
+        weight_map = content.get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        for file in files:
+            # A file of another suffix would be opened as a pickle.
+            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
+            if not plain or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} must name safetensors files that lie beside it, but names {file!r}. Download it again."
+                )
+
+
+class RADIOModel(StrictPreTrainedModel):
     """The C-RADIOv2 tower, inside the VLM or on its own.
 
     Positions in training are those of inference unless `config.random_position_crop` is set; nothing else differs
@@ -290,7 +355,10 @@ class RADIOModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RADIOPatchGenerator", "RADIOBlock"]
+    # A VLM around the tower, or heads for its teachers, are left where they are.
+    _refused_on_load = ("missing_keys",)
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]  # a constant of the config
+    _keys_to_ignore_on_load_missing = [r"input_conditioner\.norm_(mean|std)$"]  # the config has them, too
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -354,7 +422,7 @@ class RADIOModel(PreTrainedModel):
         hidden_states = self.radio_model(pixel_values, **kwargs)
         num_patches = pixel_values.shape[-2] * pixel_values.shape[-1] // self.config.patch_size**2
         return RADIOModelOutput(
-            summary=torch.cat([hidden_states[:, index] for index in self.config.summary_idxs], dim=-1),
+            summary=hidden_states[:, self.config.summary_idxs].flatten(1),
             features=hidden_states[:, -num_patches:],
             last_hidden_state=hidden_states,
         )
