@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
 from .quantization_nemotron_vl import prepare_loading
-from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel
+from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
                 kwargs["attn_implementation"] = "flash_attention_2"
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
+        check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -284,7 +284,7 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise TypeError(f"A text part needs a string under 'text', got {part!r:.80}.")
-            piece = part["text"]
+            piece = str.__str__(part["text"])  # as in ControlTokenGuard.protect
         elif kind in ("image", "image_url"):
             piece = IMAGE_TOKEN
         else:
@@ -510,6 +510,16 @@ class NemotronVLProcessor(ProcessorMixin):
         self.image_token_id = image_token_id_of(tokenizer)
         self.image_tag_type = image_tag_type
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read processor_config.json as transformers does, and say so if it holds something else than a dict."""
+        try:
+            return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"The processor files of {pretrained_model_name_or_path} are damaged: {error}. Download them again."
+            ) from error
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -31,6 +32,8 @@ except ImportError:  # transformers 4.57 has the same decorator under its first 
 # Crops of the position table that C-RADIO was trained with: side as a share of the table, width over height.
 CROP_SIDES = (math.sqrt(0.1), 1.0)
 CROP_ASPECTS = (3 / 4, 4 / 3)
+
+MOST_PARAMETERS_PER_BYTE = 2  # of a weight file: packed in 4 bits
 
 
 @dataclass
@@ -308,7 +311,10 @@ class StrictPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
             )
-        _check_index(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
+        check_index(folder)
+        if (folder / "config.json").is_file():
+            cls._check_size(folder, kwargs.get("config"))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
@@ -322,10 +328,24 @@ class StrictPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
+    @classmethod
+    def _check_size(cls, folder: Path, config: PretrainedConfig | str | os.PathLike | None) -> None:
+        """Raise if the files in `folder` are far too small for the model: what they lack would be allocated first."""
+        if not isinstance(config, PretrainedConfig):
+            config = cls.config_class.from_pretrained(folder if config is None else config)
+        with torch.device("meta"):
+            num_parameters = cls(config).num_parameters()
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if 0 < num_bytes < num_parameters / MOST_PARAMETERS_PER_BYTE:
+            raise ValueError(
+                f"{folder / 'config.json'} describes a model of {num_parameters} parameters, but the weights beside it "
+                f"have only {num_bytes} bytes. The download is incomplete, or the config belongs to another checkpoint."
+            )
 
-def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfolder: str) -> None:
+
+def check_index(folder: Path) -> None:
     """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
-    for index in Path(str(pretrained_model_name_or_path), subfolder).glob("*.safetensors.index*.json"):
+    for index in folder.glob("*.safetensors.index*.json"):
         content = json.loads(index.read_text(encoding="utf-8"))
         content = content if isinstance(content, dict) else {}
         if not isinstance(content.get("metadata"), dict):  # transformers asks for it

@@ -40,6 +40,7 @@ TARGETS: dict[str, list[tuple[Callable[..., str], Callable[[Source], tuple]]]] =
     "configs": [(hostile.check_config, lambda source: (hostile.config_dict(source), (StrictDataclassError,)))],
     "files": [(hostile_files.check_files, lambda source: (hostile_files.damages(source),))],
 }
+MEMORY = 16 << 30  # bytes of addresses
 EVERY = {"pictures": 1, "prompts": 1, "configs": 5, "files": 100}  # a directory takes as long as a hundred pictures
 
 
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--replay", nargs=2, metavar=("CHECK", "NUMBER"))
     options = parser.parse_args(argv)
     faulthandler.enable()  # a crash inside a decoder tells where
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # growth without bound is a finding
     if options.replay:
         return replay(options.replay[0], int(options.replay[1]))
     logging.disable(logging.WARNING)

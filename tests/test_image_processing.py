@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -362,6 +364,41 @@ def test_every_way_to_name_a_file_gives_the_same_tiles(tmp_path):
         assert torch.equal(tiles_of(way), tiles_of(image))
 
 
+@pytest.mark.parametrize(("image_format", "compression"), [("PNG", None), ("JPEG", None), ("TIFF", "tiff_lzw")])
+@pytest.mark.parametrize("position", [0, 7, "end"])
+def test_open_files_are_read_from_their_start_and_left_as_they_were(tmp_path, image_format, compression, position):
+    data = encoded(
+        Image.fromarray(noise(60, 30)), image_format, **({"compression": compression} if compression else {})
+    )
+    (tmp_path / "picture").write_bytes(data)
+    with open(tmp_path / "picture", "rb") as on_disk, tempfile.SpooledTemporaryFile() as spooled:
+        spooled.write(data)
+        for file in (io.BytesIO(data), on_disk, spooled):
+            place = len(data) if position == "end" else position
+            file.seek(place)
+            assert torch.equal(tiles_of([file, file]), tiles_of([data, data]))
+            assert file.tell() == place and not file.closed
+            assert file.read() == data[place:]
+
+
+def test_open_files_that_are_no_pictures_say_why():
+    class Stream(io.BytesIO):
+        def seekable(self):
+            return False
+
+    closed, data = io.BytesIO(b"x"), encoded(Image.new("RGB", (9, 9)))
+    closed.close()
+    for file, words in {
+        io.StringIO("text"): "text mode",
+        Stream(data): "cannot be read twice",
+        closed: "closed file",
+        io.BytesIO(data[:40]): "",
+        io.BytesIO(): "cannot identify",
+    }.items():
+        with pytest.raises(ValueError, match=f"cannot be used.*{words}"):
+            tiles_of(file)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -497,6 +534,25 @@ def test_other_dtypes_are_type_errors(dtype):
         tiles_of(np.zeros((6, 7), dtype))
 
 
+@pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), torch.tensor(4)])
+def test_whole_numbers_of_every_kind_are_taken_and_saved_as_ints(number):
+    levels = noise(60, 30)
+    expected = tiles_of(levels, max_num_tiles=4)
+    assert torch.equal(NemotronVLImageProcessor(**SMALL)(levels, max_num_tiles=number)["pixel_values"], expected)
+    processor = NemotronVLImageProcessor(**SMALL, max_num_tiles=number)
+    assert type(processor.max_num_tiles) is int
+    processor.max_num_tiles = number  # as users do
+    assert torch.equal(processor(levels)["pixel_values"], expected)
+    assert json.loads(processor.to_json_string())["max_num_tiles"] == 4
+
+
+def test_sizes_of_every_kind_of_whole_number_are_counted_alike():
+    for kind in (np.int32, np.uint16, torch.tensor):
+        assert count_tiles(kind(60000), kind(50000)) == count_tiles(60000, 50000)
+    with pytest.raises(TypeError):
+        count_tiles(3.5, 4)
+
+
 @pytest.mark.parametrize("image", [None, 3, {"image": 1}, object(), [None], [[1, 2], [3, 4]]])
 def test_other_kinds_are_type_errors(image):
     with pytest.raises(TypeError, match="A picture is a PIL image"):
@@ -568,6 +624,8 @@ def test_legacy_and_unset_options_change_nothing():
         ({"max_num_tiles": 0}, ValueError),
         ({"max_num_tiles": 10**9}, ValueError),
         ({"max_num_tiles": True}, TypeError),
+        ({"max_num_tiles": "4"}, TypeError),
+        ({"max_num_tiles": np.float64(4)}, TypeError),
         ({"upscale": 3}, ValueError),
         ({"use_thumbnail": "no"}, TypeError),
         ({"rescale_factor": 0}, ValueError),
@@ -733,5 +791,5 @@ def test_configuration_cannot_replace_methods():
 def test_module_needs_no_sibling_and_no_torchvision():
     path = ROOT / "image_processing.py"
     assert get_relative_imports(path) == []
-    standard = {"base64", "collections", "copy", "functools", "inspect", "io", "math", "os", "struct", "typing"}
-    assert set(get_imports(path)) <= standard | {"urllib", "zlib", "numpy", "PIL", "torch", "transformers"}
+    needed = {name.split(".")[0] for name in get_imports(path)} - set(sys.stdlib_module_names)
+    assert needed == {"numpy", "PIL", "torch", "transformers"}
