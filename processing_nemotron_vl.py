@@ -111,7 +111,8 @@ class ControlTokenGuard:
         if not self.marker:
             raise ValueError("The text uses all 65,534 private characters of Unicode's plane 15; one must be free.")
         tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # that matches nothing
+        # One character where a token starts, ahead of which the token stands: tokens may overlap. (?!) matches nothing.
+        self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, tokens)) or '(?!)'}))(.)", re.DOTALL)
 
     def protect(self, data: Any, keep_image_token: bool = False) -> Any:
         """Return `data` with a marker after the first character of every control token in its strings.
@@ -126,7 +127,7 @@ class ControlTokenGuard:
         """
         if isinstance(data, str):
             data = str.__str__(data)  # a subclass, such as markupsafe's, may change what is joined to it
-            return self._pattern.sub(lambda match: self._split(match.group(), keep_image_token), data)
+            return self._pattern.sub(lambda match: self._split(*match.groups(), keep_image_token), data)
         if isinstance(data, dict):
             if not all(isinstance(key, str) for key in data):
                 raise TypeError(f"The keys of messages and tools must be strings, got {list(data)!r:.80}.")
@@ -140,10 +141,8 @@ class ControlTokenGuard:
             f"type {type(data).__name__}. Convert it, an object of a client library with its model_dump()."
         )
 
-    def _split(self, token: str, keep_image_token: bool) -> str:
-        if keep_image_token and token == IMAGE_TOKEN:
-            return token
-        return token[0] + self.marker + token[1:]
+    def _split(self, token: str, start: str, keep_image_token: bool) -> str:
+        return start if keep_image_token and token == IMAGE_TOKEN else start + self.marker
 
 
 def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> list[str | int]:

@@ -277,7 +277,21 @@ def test_absurdly_long_sides_are_refused_before_decoding(monkeypatch, shape):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
 def test_opaque_modes_are_read_as_pillow_shows_them(mode):
     image = Image.new(mode, (40, 30))
+    if mode not in ("I", "F", "I;16"):  # whose white point Pillow does not have; see below
+        image.frombytes(noise(40, 30, 8).tobytes()[: len(image.tobytes())])
     assert torch.equal(tiles_of(image), tiles_of(image.convert("RGB")))
+
+
+def test_palettes_with_an_alpha_for_each_colour_are_composited_on_white():
+    image = Image.new("P", (30, 20))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    image.paste(1, (10, 0, 20, 20))
+    image.paste(2, (20, 0, 30, 20))
+    image.info["transparency"] = bytes([0, 102, 255])  # invisible black, 40 % red, blue
+    expected = np.empty((20, 30, 3), np.uint8)
+    expected[:, :10], expected[:, 10:20], expected[:, 20:] = (255, 255, 255), (255, 153, 153), (0, 0, 255)
+    for picture in (image, encoded(image, transparency=image.info["transparency"])):
+        assert torch.equal(tiles_of(picture), tiles_of(expected))
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
@@ -528,6 +542,43 @@ def test_floats_outside_0_to_1_are_an_error_with_a_remedy(low_high):
         tiles_of(levels)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_half_a_level_of_overshoot_is_rounding_and_more_is_an_error(dtype):
+    for level, expected in (
+        (-0.499 / 255, 0),
+        (1 + 0.499 / 255, 1),
+        (np.nextafter(dtype(1 + 0.5 / 255), dtype(0)), 1),
+    ):
+        assert tiles_of(np.full((6, 7), level, dtype)).unique().item() == expected
+    for level in (-0.51 / 255, 1 + 0.51 / 255):
+        with pytest.raises(ValueError, match="must lie in 0..1"):
+            tiles_of(np.full((6, 7), level, dtype))
+
+
+def test_the_largest_options_are_taken_and_one_more_is_not():
+    assert len(candidate_grids(1024)) > 1024
+    with pytest.raises(ValueError, match="1..1024, got 1025"):
+        candidate_grids(1025)
+    NemotronVLImageProcessor(image_size=1 << 15, max_num_tiles=1)  # 2^30 pixels
+    with pytest.raises(ValueError, match="have more than 1073741824 pixels"):
+        NemotronVLImageProcessor(image_size=1 << 15, max_num_tiles=2)
+
+
+def test_lists_may_be_nested_a_hundred_levels_deep_and_no_deeper():
+    nested = noise(9, 9)
+    for _ in range(100):
+        nested = [nested]
+    assert len(tiles_of(nested)) == 1
+    with pytest.raises(ValueError, match="100 levels deep"):
+        tiles_of([nested])
+
+
+def test_base64_text_with_stray_characters_is_refused():
+    text = base64.b64encode(encoded(Image.new("RGB", (9, 9)))).decode()
+    with pytest.raises(ValueError, match="neither an existing file nor base64"):
+        tiles_of(text[:40] + "*" + text[40:])
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8, bool, object, complex, "U3"])
 def test_other_dtypes_are_type_errors(dtype):
     with pytest.raises(TypeError, match="uint8 in 0..255 or float in 0..1"):
@@ -632,6 +683,7 @@ def test_legacy_and_unset_options_change_nothing():
         ({"rescale_factor": math.nan}, ValueError),
         ({"do_normalize": True}, ValueError),
         ({"do_normalize": True, "image_mean": [0, 0, 0], "image_std": [1, 0, 1]}, ValueError),
+        ({"do_normalize": True, "image_mean": [0, math.nan, 0], "image_std": [1, 1, 1]}, ValueError),
     ],
 )
 def test_wrong_options_are_errors(options, error):
