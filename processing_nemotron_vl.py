@@ -369,6 +369,7 @@ def build_chat_prompts(
     tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
     prompts, first_tile = [], 0
     for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
+        text = str.__str__(text)  # as in ControlTokenGuard.protect
         if not pairs and IMAGE_TOKEN not in text:
             text = f"{IMAGE_TOKEN}\n" * len(tile_counts) + text
         spans = []
