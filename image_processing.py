@@ -613,6 +613,17 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         return options
 
     @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read preprocessor_config.json as transformers does, and say so if it holds something else than a dict."""
+        try:
+            values, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"The preprocessor_config.json of {pretrained_model_name_or_path} is damaged.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"The preprocessor_config.json of {pretrained_model_name_or_path} holds no dict.")
+        return values, unused
+
+    @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a processor from a configuration and overriding options, in the same way on every transformers version.
 
