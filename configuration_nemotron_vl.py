@@ -548,7 +548,12 @@ class NemotronVLConfig(PretrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         hub_names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError) as error:  # of an entry that is no dict
+            raise ValueError(f"The config.json of {pretrained_model_name_or_path} is damaged: {error}.") from error
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"The config.json of {pretrained_model_name_or_path} holds no dict.")
         names = ("img_context_token_id", "image_context_token_id", "image_token_id")
         if config_dict and all(config_dict.get(name) is None for name in names):
             config_dict["img_context_token_id"] = read_image_token_id(pretrained_model_name_or_path, **hub_kwargs)

@@ -550,6 +550,7 @@ def test_half_a_level_of_overshoot_is_rounding_and_more_is_an_error(dtype):
         (np.nextafter(dtype(1 + 0.5 / 255), dtype(0)), 1),
     ):
         assert tiles_of(np.full((6, 7), level, dtype)).unique().item() == expected
+    assert tiles_of(np.full((6, 7), 1 + 0.5 / 255)).unique().item() == 1  # rounds to 256
     for level in (-0.51 / 255, 1 + 0.51 / 255):
         with pytest.raises(ValueError, match="must lie in 0..1"):
             tiles_of(np.full((6, 7), level, dtype))

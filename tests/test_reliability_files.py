@@ -171,6 +171,15 @@ def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(
         logits(source)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", '"words"', "[]", "null", '{"vision_config": "words"}', '{"llm_config": 3}']
+)
+def test_a_config_that_is_none_is_refused(source, text):
+    (source / "config.json").write_text(text)
+    with pytest.raises((ValueError, TypeError, OSError)):
+        logits(source)
+
+
 @pytest.mark.parametrize("name", ["metadata", "weight_map"])
 def test_an_index_without_its_parts_is_refused(source, name):
     index = json.loads((source / INDEX).read_text())
