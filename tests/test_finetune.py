@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -324,17 +325,35 @@ def test_adapters_learn_over_quantised_weights(checkpoint, data, tmp_path, how):
 # --- several processes ---
 
 
-def launch(path: Path, processes: int, *options: str) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--num_cpu_threads_per_process", "1", *options, "-m", "training.finetune", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+# accelerate shards on GPUs only; this tells it that two CPU processes are a place to shard as well.
+SHARD_ON_CPUS = """
+import os, sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+create = AcceleratorState.__init__
+def create_sharding(self, *arguments, **options):
+    known = self.initialized
+    create(self, *arguments, **options)
+    if not known:
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = FullyShardedDataParallelPlugin()
+AcceleratorState.__init__ = create_sharding
+from training.finetune import finetune, main
+main()
+"""
 
 
-def write_recipe(settings: Recipe, path: Path) -> Path:
-    path.write_text(json.dumps(vars(settings)))  # JSON is YAML
-    return path
+def launch(settings: Recipe, folder: Path, *program: str, **environment: str) -> Path:
+    """Run a recipe in two processes."""
+    (folder / "recipe.json").write_text(json.dumps(vars(settings)))  # JSON is YAML
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", *program]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **environment}
+    done = subprocess.run(
+        [*command, str(folder / "recipe.json")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return Path(settings.output)
 
 
 @pytest.mark.slow
@@ -343,17 +362,17 @@ def test_two_processes_learn_what_one_does(checkpoint, data, tmp_path, lora):
     if lora:
         pytest.importorskip("peft", reason="pip install peft")
     one = finetune(recipe(checkpoint, data, tmp_path / "one", lora=lora, trainer={"per_device_train_batch_size": 4}))
-    two = recipe(checkpoint, data, tmp_path / "two", lora=lora)
-    launch(write_recipe(two, tmp_path / "two.json"), 2)
-    assert_same_weights(tmp_path / "two", one, atol=1e-4)
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
+    two = launch(recipe(checkpoint, data, tmp_path / "two", lora=lora), tmp_path, "-m", "training.finetune")
+    assert_same_weights(two, one, atol=1e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_two_processes_with_shared_out_weights_learn_what_one_does(checkpoint, data, tmp_path):
+def test_two_processes_with_weights_shared_out_learn_what_one_does(checkpoint, data, tmp_path):
     one = finetune(recipe(checkpoint, data, tmp_path / "one", trainer={"per_device_train_batch_size": 4}))
-    config = ROOT / "training" / "recipes" / "launch" / "fsdp2.yaml"
-    launch(
-        write_recipe(recipe(checkpoint, data, tmp_path / "two"), tmp_path / "two.json"), 2, "--config_file", str(config)
-    )
-    assert_same_weights(tmp_path / "two", one, atol=1e-4)
+    (tmp_path / "sharded.py").write_text(SHARD_ON_CPUS)
+    settings = yaml.safe_load((ROOT / "training" / "recipes" / "launch" / "fsdp2.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    two = launch(recipe(checkpoint, data, tmp_path / "two"), tmp_path, str(tmp_path / "sharded.py"), **environment)
+    assert list((two / "checkpoints" / "checkpoint-6").glob("pytorch_model_fsdp_0/*.distcp"))
+    assert_same_weights(two, one, atol=1e-4)

@@ -53,12 +53,15 @@ def draw_tiles(image_processor: Any, picture: Image.Image) -> Image.Image:
     rows, columns = tile_grid(image_processor, picture)
     page = picture.convert("RGB")
     canvas = ImageDraw.Draw(page)
+    unit = max(page.size) / 500  # px on the screen when the whole page is looked at
     for tile in range(rows * columns):
         row, column = divmod(tile, columns)
         left, right = (round(page.width * edge / columns) for edge in (column, column + 1))
         top, bottom = (round(page.height * edge / rows) for edge in (row, row + 1))
-        canvas.rectangle((left, top, right - 1, bottom - 1), outline=GRID_COLOUR, width=2)
-        canvas.text((left + 5, top + 3), str(tile + 1), fill=GRID_COLOUR, font_size=16)
+        canvas.rectangle((left, top, right - 1, bottom - 1), outline=GRID_COLOUR, width=max(2, round(unit)))
+        label = canvas.textbbox((left, top), str(tile + 1), font_size=10 * unit)
+        canvas.rectangle((left, top, label[2] + 4 * unit, label[3] + 3 * unit), fill=GRID_COLOUR)
+        canvas.text((left + 2 * unit, top + unit), str(tile + 1), fill="white", font_size=10 * unit)
     return page
 
 
