@@ -135,7 +135,9 @@ def answer(model, processor, questions: list[Question]) -> list[str]:
     for texts in turns:
         answers, history = model.chat(
             processor.tokenizer,
-            question=list(texts) if history else [place + text for place, text in zip(placeholders, texts, strict=True)],
+            question=list(texts)
+            if history
+            else [place + text for place, text in zip(placeholders, texts, strict=True)],
             generation_config={"max_new_tokens": longest},
             history=history,
             return_history=True,

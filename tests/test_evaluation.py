@@ -54,7 +54,9 @@ def test_a_follow_up_is_asked_after_the_models_own_answers():
             calls.append((question, history))
             answers = [f"answer {len(calls)}"] * len(question)
             histories = history or [[] for _ in question]
-            return answers, [[*own, (text, said)] for own, text, said in zip(histories, question, answers, strict=True)]
+            return answers, [
+                [*own, (text, said)] for own, text, said in zip(histories, question, answers, strict=True)
+            ]
 
     class Processor:
         tokenizer = None

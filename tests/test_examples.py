@@ -1,4 +1,8 @@
-"""The notebook and the walk-through in examples/ do what they say: their code is run as it stands, for fewer steps."""
+"""The notebook and the walk-through in examples/ do what they say: their code is run as it stands, for fewer steps.
+
+After a change to the notebook, or to nano, its outputs are renewed by (pip install nbconvert ipykernel peft matplotlib)
+    jupyter nbconvert --to notebook --execute --inplace examples/quickstart.ipynb
+"""
 
 import json
 import os
@@ -51,7 +55,11 @@ def test_the_walk_through_runs_from_end_to_end(tmp_path):
     text = (EXAMPLES / "finetune.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "bash", "bash", "bash"]
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
     for language, code in blocks:
         code = code.replace("output=runs/mine", f"output=runs/mine trainer.max_steps={FEWER_STEPS}")
         shell = ["bash", "-ec", 'python() { "$PYTHON" "$@"; }\n' + code]

@@ -68,16 +68,16 @@ def whole(checkpoint, data, tmp_path_factory) -> Path:
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: weight for file in directory.glob("model*.safetensors") for name, weight in load_file(file).items()
-    }
+    return {name: weight for file in directory.glob("model*.safetensors") for name, weight in load_file(file).items()}
 
 
 def assert_same_weights(found: Path, expected: Path, atol: float = 1e-6) -> None:
     found_weights, expected_weights = weights(found), weights(expected)
     assert found_weights.keys() == expected_weights.keys()
     for name, weight in expected_weights.items():
-        torch.testing.assert_close(found_weights[name], weight, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found_weights[name], weight, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def moved_parts(before: Path, after: Path) -> set[str]:
@@ -191,6 +191,7 @@ def test_a_batch_without_pictures_reaches_the_tower_and_keeps_its_loss(checkpoin
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_the_result_is_sharded_and_loads_in_a_fresh_process(whole, processor):
     assert len(list(whole.glob("model-*-of-*.safetensors"))) > 1
     code = (
@@ -251,6 +252,7 @@ def test_each_part_has_its_learning_rate(checkpoint, data, tmp_path):
     assert moved_parts(checkpoint, output) == {"mlp1"}
 
 
+@pytest.mark.slow
 def test_checkpointing_and_bfloat16_learn_the_same(whole, checkpoint, data, tmp_path):
     cheap = {"gradient_checkpointing": True}
     assert_same_weights(finetune(recipe(checkpoint, data, tmp_path / "saved", trainer=cheap)), whole, atol=1e-4)
@@ -285,6 +287,7 @@ def test_wrong_recipes_are_refused():
 # --- adapters ---
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_into_the_result(checkpoint, data, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install peft")
     output = finetune(recipe(checkpoint, data, tmp_path, train=["language"], lora=LORA))
@@ -296,6 +299,7 @@ def test_adapters_are_merged_into_the_result(checkpoint, data, tmp_path):
         torch.testing.assert_close(load(output)[0](**batch).logits, adapted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_adapters_ends_where_an_unbroken_one_does(checkpoint, data, tmp_path):
     pytest.importorskip("peft", reason="pip install peft")
     lora = LORA | {"lora_dropout": 0.3}
@@ -304,6 +308,7 @@ def test_an_interrupted_run_of_adapters_ends_where_an_unbroken_one_does(checkpoi
     assert_same_weights(finetune(recipe(checkpoint, data, tmp_path / "broken", lora=lora)), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["nf4", "packed"])
 def test_adapters_learn_over_quantised_weights(checkpoint, data, tmp_path, how):
     pytest.importorskip("peft", reason="pip install peft")
@@ -347,7 +352,7 @@ main()
 def launch(settings: Recipe, folder: Path, *program: str, **environment: str) -> Path:
     """Run a recipe in two processes."""
     (folder / "recipe.json").write_text(json.dumps(vars(settings)))  # JSON is YAML
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", *program]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *program]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **environment}
     done = subprocess.run(
         [*command, str(folder / "recipe.json")], cwd=ROOT, env=environment, capture_output=True, text=True

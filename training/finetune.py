@@ -149,14 +149,11 @@ def finetune(recipe: Recipe) -> Path:
     """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result."""
     output = Path(recipe.output)
     claim(output, recipe)
+    options: dict[str, Any] = {"report_to": ["tensorboard"] if is_tensorboard_available() else []}
+    if recipe.trainer.get("gradient_checkpointing"):  # the other kind leaves out what has frozen inputs
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"),
-        remove_unused_columns=False,
-        **{
-            "report_to": ["tensorboard"] if is_tensorboard_available() else [],
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
-            **recipe.trainer,
-        },
+        output_dir=str(output / "checkpoints"), remove_unused_columns=False, **{**options, **recipe.trainer}
     )
     model, processor = load_for_training(recipe)
     is_drawn = recipe.data == "documents"
