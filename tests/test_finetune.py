@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -284,6 +285,12 @@ def test_wrong_recipes_are_refused():
         read_recipe(RECIPES[0], ["quantize=nf4", "lora={}"])
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "deepspeed"])
+def test_launch_files_are_what_accelerate_reads(name):
+    config = load_config_from_file(str(ROOT / "training" / "recipes" / "launch" / f"{name}.yaml"))
+    assert config.distributed_type.value == {"fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[name]
+
+
 # --- adapters ---
 
 
@@ -382,8 +389,11 @@ def test_two_processes_with_weights_shared_out_learn_what_one_does(checkpoint, d
     (tmp_path / "sharded.py").write_text(SHARD_ON_CPUS)
     settings = yaml.safe_load((ROOT / "training" / "recipes" / "launch" / "fsdp2.yaml").read_text())["fsdp_config"]
     environment = {name.upper(): str(value) for name, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    two = recipe(checkpoint, data, tmp_path / "two", trainer=PLAIN)
-    two = launch(two, tmp_path, str(tmp_path / "sharded.py"), **environment)
-    assert list((two / "checkpoints" / "checkpoint-6").glob("pytorch_model_fsdp_0/*.distcp"))
+    sharded = str(tmp_path / "sharded.py")
+    two = launch(recipe(checkpoint, data, tmp_path / "two", trainer=PLAIN), tmp_path, sharded, **environment)
+    assert list((two / "checkpoints" / "checkpoint-3" / "pytorch_model_fsdp_0").glob("*.distcp"))
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert_same_weights(two, one, atol=1e-5)
+    shutil.copytree(two / "checkpoints" / "checkpoint-3", tmp_path / "broken" / "checkpoints" / "checkpoint-3")
+    broken = launch(recipe(checkpoint, data, tmp_path / "broken", trainer=PLAIN), tmp_path, sharded, **environment)
+    assert_same_weights(broken, two, atol=1e-6)

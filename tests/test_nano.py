@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-from tools import ROOT, adopt
+from tools import ROOT, adopt, chat
 from tools.chat import Conversation, describe, draw_tiles, load
 from tools.demo import RECEIPT
 from training.nano import TILING, build_model, load_tokenizer
@@ -72,6 +72,33 @@ def test_a_batch_answers_like_single_questions(nano, receipt):
     together = model.chat(processor, question=questions, generation_config={"max_new_tokens": 20}, **features)
     alone = [Conversation(model, processor, [receipt], 20).ask(question) for question in questions]
     assert together == alone
+
+
+def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys, tmp_path):
+    turns = []
+
+    class Model:
+        def chat(self, processor, question, history, **options):
+            turns.append((question, history, len(options["pixel_values"])))
+            return "Yes.", [*(history or []), (question, "Yes.")]
+
+    typed = iter(["Is it paid?", "And sent?"])
+
+    def type_or_end(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_or_end)
+    monkeypatch.setattr(chat, "load", lambda directory: (Model(), nano[1]))
+    assert chat.main([str(RECEIPT), "--tiles", str(tmp_path / "tiles.png")]) == 0
+    assert turns == [
+        ("<image>\nIs it paid?", None, 1),
+        ("And sent?", [("<image>\nIs it paid?", "Yes.")], 1),
+    ]
+    assert "1 x 1 tiles -> 258 tokens" in capsys.readouterr().out
+    assert Image.open(tmp_path / "tiles.png").size == Image.open(RECEIPT).size
 
 
 def test_tiles_are_described_and_drawn(nano, receipt):
