@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from evaluation import ROOT
-from evaluation.nano import evaluate, make_question, mean
+from evaluation.nano import evaluate, make_questions, mean
 from tools.chat import load
 from training.documents import KINDS, document
 from training.drawing import draw, random_style, require_fonts
@@ -111,7 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     require_fonts()
-    questions = [make_question(seed, tuple(KINDS)) for seed in range(arguments.documents)]
+    questions = make_questions(arguments.documents, tuple(KINDS))
     model, processor = load(arguments.model)
     before = evaluate(model, processor, questions, arguments.batch_size)
     size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
@@ -132,8 +132,7 @@ def main() -> None:
         for name in arguments.formats:
             out = Path(folder) / name
             numbers = quantize(arguments.model, name, pictures, arguments.group_size, out)
-            model, processor = load(out)
-            model.dequantize()
+            model, processor = load(out, dequantize=True)
             after = evaluate(model, processor, questions, arguments.batch_size)
             report["formats"][name] = numbers | compare(before, after) | {"percent": percentages(after)}
             if arguments.out:  # after every format: a stopped run keeps what it has
