@@ -100,6 +100,8 @@ def download(tiny_checkpoint: Path, tmp_path: Path) -> Path:
         "AutoConfig": f"{TOWER}.RADIOConfig",
         "AutoModel": f"{TOWER}.RADIOModel",
     }
+    shape = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    config["vision_config"]["args"] |= {"model_kwargs": shape, "cpe_max_size": 256}
     (folder / "config.json").write_text(json.dumps(config))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings["auto_map"] = {"AutoImageProcessor": "image_processing.LlamaNemotronNanoVLImageProcessor"}
