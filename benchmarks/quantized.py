@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -66,9 +65,10 @@ def make_checkpoints(name: str, folder: Path) -> None:
         quantize.save(model, folder / "plain", folder / format_name)
 
 
-def resident_mib() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+def resident_mib(key: str = "VmRSS") -> int:
+    """Resident memory, `VmHWM` for its peak. Not `ru_maxrss`: a child process starts with its parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(line.split()[1] for line in status if line.startswith(key))) / 1024)
 
 
 def timed(call: Callable[[], object], device: str) -> float:
@@ -109,8 +109,7 @@ def measure(checkpoint: Path, dequantize: bool, dtype: str, device: str, prompt:
 
         times.append(timed(step, device))
     low, _, high = statistics.quantiles(times, n=4)
-    memory = {"imports_mib": imports, "loaded_mib": loaded}
-    memory["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    memory = {"imports_mib": imports, "loaded_mib": loaded, "peak_mib": resident_mib("VmHWM")}
     if device != "cpu":
         memory["gpu_peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return {
