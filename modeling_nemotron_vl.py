@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
-from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput
 
@@ -166,6 +166,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     Args:
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
+
+    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -581,6 +583,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         num_patches_list: torch.Tensor | Sequence[Any] | None = None,
         streamer: Any | None = None,
         truncation: str | None = None,
+        enable_thinking: bool | None = None,
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
@@ -606,6 +609,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
             truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
                 answer fit the context, and says so; None raises instead.
+            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
+                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -640,6 +645,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             # InternVL clients set their system prompt on the model.
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
+            numbers_images=self.numbers_images,
+            enable_thinking=enable_thinking,
         )
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
@@ -649,7 +656,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
         )
         results = [
-            (answer, [*prompt.history, (prompt.question, answer)]) if return_history else answer
+            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if isinstance(question, str):
@@ -791,6 +798,12 @@ class _AnswerStream(TextIteratorStreamer):
             super().put(value)
         elif new_ids := _before_end(value.flatten().tolist(), self.options):
             super().put(torch.tensor(new_ids))
+
+
+def _to_remember(prompt: ChatPrompt, answer: str) -> str:
+    """Return what of an answer the next prompt holds: no reasoning."""
+    thinking = prompt.text.rstrip().endswith(THINK_START)
+    return split_reasoning(answer, thinking)[1] if thinking else answer
 
 
 def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
@@ -974,6 +987,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    numbers_images = True
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod
