@@ -494,9 +494,6 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         max_num_tiles: most tiles of one picture, thumbnail not counted.
         use_thumbnail: append the whole picture as one more tile when it was cut into several.
         upscale: 2 doubles every picture first, as published; 1 does not, as in the 12B V2, vLLM and Megatron-LM.
-        grid_rule: "area" prefers grids that hold the picture's pixels (8B V1), "closest_ratio" its aspect ratio (12B
-            V2).
-        interpolation: "bilinear" on uint8 (8B V1) or "bicubic" on float32 (12B V2), which overshoots a little.
         do_rescale: multiply the levels 0..255 by `rescale_factor`; False returns them as they are, as uint8 (unless
             `do_normalize` makes them float32), a quarter of the bytes to carry.
         rescale_factor: 1/255 gives 0..1.
@@ -505,6 +502,9 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         do_convert_rgb: convert what is not RGB; False raises a ValueError for such a picture.
         device: where the result lives; tiles travel there as uint8. Not saved.
         patch_size, downsample_ratio: of the model, for counting its image tokens.
+        grid_rule: "area" prefers grids that hold the picture's pixels (8B V1), "closest_ratio" its aspect ratio (12B
+            V2).
+        interpolation: "bilinear" on uint8 (8B V1) or "bicubic" on float32 (12B V2), which overshoots a little.
         kwargs: unknown configuration keys are kept and saved again.
     """
 
@@ -517,8 +517,6 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         max_num_tiles: int = 12,
         use_thumbnail: bool = True,
         upscale: int = 2,
-        grid_rule: str = "area",
-        interpolation: str = "bilinear",
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = False,
@@ -528,6 +526,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         device: str | torch.device | None = None,
         patch_size: int = 16,
         downsample_ratio: float = 0.5,
+        grid_rule: str = "area",
+        interpolation: str = "bilinear",
         **kwargs: Any,
     ):
         # A published checkpoint names its own class here; `to_dict` names ours.
@@ -710,18 +710,13 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("image_size", "max_num_tiles", "upscale", "patch_size"):
         if type(options[name]) is not int:
             raise TypeError(f"{name} must be an int, got {options[name]!r}.")
-    for name in ("grid_rule", "interpolation"):
-        if type(options[name]) is not str:
-            raise TypeError(f"{name} must be a string, got {options[name]!r}.")
     for name in ("use_thumbnail", "do_rescale", "do_normalize", "do_convert_rgb"):
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
     for name in ("rescale_factor", "downsample_ratio"):
         if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
             raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
-    for name, choices in CHOICES.items():
-        if options[name] not in choices:
-            raise ValueError(f"{name} must be {' or '.join(choices.values())}, got {options[name]!r}.")
+    _check_choices(options)
     candidate_grids(options["max_num_tiles"])
     if options["max_num_tiles"] * options["image_size"] ** 2 > MAX_TILE_PIXELS:
         raise ValueError(
@@ -735,6 +730,12 @@ def _check_options(options: dict[str, Any]) -> None:
         )
     if options["do_normalize"]:
         _check_statistics(options["image_mean"], options["image_std"])
+
+
+def _check_choices(options: dict[str, Any]) -> None:
+    for name, choices in CHOICES.items():
+        if options[name] not in tuple(choices):
+            raise ValueError(f"{name} must be {' or '.join(choices.values())}, got {options[name]!r}.")
 
 
 def _check_statistics(mean: Any, std: Any) -> None:

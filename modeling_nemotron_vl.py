@@ -9,7 +9,6 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
-from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
@@ -137,7 +136,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
-        _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
+        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         # The caller who asks for the loading info judges it himself.
@@ -874,13 +873,16 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
 
 
-def _check_prefix_tokens(
+def _check_tensors(
     config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
 ) -> None:
-    """Raise if the tower's config counts other class and register tokens than the checkpoint's tensor holds."""
+    """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
     if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
         return
-    token = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or []).get(PREFIX_TOKENS)
+    headers = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or [])
+    if any(".mixer.experts." in name for name in headers):
+        raise ValueError(MIXTURE_OF_EXPERTS)
+    token = headers.get(PREFIX_TOKENS)
     if token is None:
         return
     config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
@@ -894,19 +896,24 @@ def _check_prefix_tokens(
         )
 
 
-def _announce_slow_mamba() -> None:
-    """Say once, instead of once for each of its functions as transformers does, that the kernels are missing."""
-    missing = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name) is None]
-    if missing:
-        logger.warning_once(
-            f"The Mamba layers run in plain torch, correct but slower than with CUDA kernels: {' and '.join(missing)} "
-            "not installed (pip install mamba-ssm causal-conv1d, on a machine with CUDA)."
+class _OneNotice:
+    """A filter for transformers' logger: says once, instead of once for each of its functions, that kernels are missing."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def filter(self, record: Any) -> bool:
+        if "is falling back to its reference PyTorch implementation" not in str(record.msg):
+            return True
+        record.msg = (
+            "The Mamba layers run in plain torch: correct, but slower than the CUDA kernels of `mamba-ssm` and "
+            "`causal-conv1d`, which are not installed here."
         )
-        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_says_something_new)
+        is_first, self.said = not self.said, True
+        return is_first
 
 
-def _says_something_new(record: Any) -> bool:
-    return "is falling back to its reference PyTorch implementation" not in str(record.msg)
+_ONE_NOTICE = _OneNotice()
 
 
 class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
@@ -992,7 +999,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        _announce_slow_mamba()
+        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_ONE_NOTICE)
         return NemotronHBackbone(text_config)
 
     @staticmethod

@@ -555,8 +555,8 @@ class NemotronVLProcessor(ProcessorMixin):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError, ImportError) as error:  # ImportError: 4.57 then looks for sentencepiece
             raise OSError(
-                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
-                "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
+                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship the "
+                "tokenizers of the released models: `python -m tools.adopt` brings them along with the weights of a download."
             ) from error
         tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
         tokenizer.padding_side = "left"  # generation goes on at the right
