@@ -957,7 +957,7 @@ class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
         for block in self.backbone.layers:
             if block.block_type == "linear_attention":
                 # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. NVIDIA's kernels limit neither.
+                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
                 block.mixer.time_step_limit = tuple(config.time_step_limit)
         self.post_init()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -72,6 +73,16 @@ def test_frozen_parts_stay_and_the_result_loads(checkpoint, data, tmp_path):
     assert moved == {"mlp1"}
     load(output)
     assert (output / "loss.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NemotronHForCausalLM"), reason="transformers 4.57 has no NemotronH")
+def test_the_12b_v2_learns_as_well(tiny_v2_checkpoint, data, tmp_path):
+    output = finetune(recipe(tiny_v2_checkpoint, data, tmp_path / "out", trainer={"max_steps": 1}))
+    before, after = weights(tiny_v2_checkpoint), weights(output)
+    assert before.keys() == after.keys()
+    still = {name for name in before if torch.equal(before[name].float(), after[name].float())}
+    assert {name.rsplit(".", 1)[-1] for name in still} == {"norm_mean", "norm_std"}
+    load(output)
 
 
 def test_an_interrupted_run_ends_where_an_unbroken_one_does(checkpoint, data, tmp_path):
