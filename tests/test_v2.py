@@ -6,7 +6,9 @@ plain restatements of the published recipe.
 
 import json
 import logging
+import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import jinja2
@@ -664,6 +666,43 @@ def test_levels_stay_levels_without_rescaling():
 def test_unknown_recipes_are_refused(options):
     with pytest.raises(ValueError, match="8B V1.*12B V2"):
         NemotronVLImageProcessor(**options)
+
+
+VLLM_TILES = """
+import json, os, sys
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+import numpy as np
+from PIL import Image
+from vllm import ModelRegistry
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+assert "NemotronH_Nano_VL_V2" in ModelRegistry.get_supported_archs()
+config = ModelConfig(model=sys.argv[1], trust_remote_code=True, dtype="float32", max_model_len=2048)
+assert config.is_hybrid and config.hf_text_config.hybrid_override_pattern == "M-*M*-"
+processor = MULTIMODAL_REGISTRY.create_processor(config).info.get_hf_processor()
+pictures = [Image.open(path) for path in sys.argv[3:]]
+tiles = [processor(text="<s><image>", images=[one], return_tensors="pt")["pixel_values_flat"] for one in pictures]
+np.savez(sys.argv[2], *[own.float().numpy() for own in tiles])
+"""
+
+
+@needs_nemotron_h
+@pytest.mark.slow
+def test_vllm_reads_the_config_and_cuts_the_same_tiles(tiny_v2_checkpoint, tmp_path):
+    """vLLM's own `NemotronH_Nano_VL_V2`; see test_vllm.py for its environment."""
+    python = os.environ.get("NEMOTRON_VL_VLLM")
+    if not python:
+        pytest.skip("NEMOTRON_VL_VLLM names no python with vLLM")
+    pictures = [picture(*size, 1) for size in ((120, 70), (64, 64), (300, 443))]
+    files = [tmp_path / f"{number}.png" for number in range(len(pictures))]
+    for image, file in zip(pictures, files, strict=True):
+        image.save(file)
+    subprocess.run([python, "-c", VLLM_TILES, tiny_v2_checkpoint, tmp_path / "tiles.npz", *files], check=True)
+    theirs = np.load(tmp_path / "tiles.npz")
+    for image, name in zip(pictures, theirs.files, strict=True):
+        ours = NemotronVLImageProcessor(image_size=64, **V2_RECIPE)(image)["pixel_values"]
+        torch.testing.assert_close(torch.from_numpy(theirs[name]), ours, atol=5e-6, rtol=0)
 
 
 # Prompts
