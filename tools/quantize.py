@@ -48,13 +48,14 @@ DEFAULT_PROMPT = "Read all the text in this picture."
 
 # Layers of a block that take the same input, and what that input comes out of. Engines run a group as one layer, so it
 # shares its scales; AWQ moves magnitude between a group and its source, where there is one that scales linearly.
-GROUPS = (
-    # Llama
+LLAMA_GROUPS = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     (("self_attn.o_proj",), "self_attn.v_proj"),
     (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     (("mlp.down_proj",), "mlp.up_proj"),
-    # NemotronH: a block is attention, Mamba or MLP
+)
+# A block is attention, Mamba or MLP.
+NEMOTRON_H_GROUPS = (
     (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "norm"),
     (("mixer.o_proj",), "mixer.v_proj"),
     (("mixer.in_proj",), "norm"),
@@ -175,9 +176,9 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def groups_of(block: nn.Module, keep: Iterable[str] = ()) -> list[tuple[tuple[str, ...], str | None]]:
-    """The groups of layers that a block has and that are not to keep, see `GROUPS`."""
+    """The groups of layers that a block has and that are not to keep, see `LLAMA_GROUPS`."""
     layers = {name for name, _ in block.named_modules() if name.rsplit(".", 1)[-1] not in keep}
-    return [(names, source) for names, source in GROUPS if layers.issuperset(names)]
+    return [(names, source) for names, source in (*LLAMA_GROUPS, *NEMOTRON_H_GROUPS) if layers.issuperset(names)]
 
 
 def linears_of(block: nn.Module, keep: Iterable[str] = ()) -> Iterable[tuple[str, nn.Linear]]:
