@@ -47,7 +47,7 @@ DECODING_ERRORS = (
 )
 
 
-class NemotronVLImagesKwargs(ImagesKwargs, total=False):
+class NemotronVLImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of one call, beyond transformers' own; `NemotronVLImageProcessor` says what they mean."""
 
     image_size: int
@@ -449,7 +449,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "num_patches"]
-    valid_kwargs = NemotronVLImagesKwargs
+    valid_kwargs = NemotronVLImageProcessorKwargs
 
     def __init__(
         self,
@@ -628,9 +628,11 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("use_thumbnail", "do_rescale", "do_normalize", "do_convert_rgb"):
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
-    for name in ("rescale_factor", "downsample_ratio"):
-        if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
-            raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
+    ratio, factor = options["downsample_ratio"], options["rescale_factor"]
+    if not isinstance(ratio, (int, float)) or not 1e-9 < ratio <= 1:
+        raise ValueError(f"downsample_ratio must be a number above 1e-9 and at most 1, got {ratio!r}.")
+    if not isinstance(factor, (int, float)) or not 1e-9 < abs(factor) <= 1e9:
+        raise ValueError(f"rescale_factor must be a number of a size between 1e-9 and 1e9, got {factor!r}.")
     if options["upscale"] not in (1, 2):
         raise ValueError(f"upscale must be 2 (published) or 1 (no doubling), got {options['upscale']}.")
     candidate_grids(options["max_num_tiles"])

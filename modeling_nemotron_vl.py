@@ -20,7 +20,8 @@ from transformers import GenerationConfig, LlamaForCausalLM, TextIteratorStreame
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
 from .configuration_nemotron_vl import NemotronVLConfig
 from .image_processing import undo_normalization
@@ -128,8 +129,8 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
-        # The caller who asks for the loading info judges it himself.
-        if problems and not wants_info:
+        # The caller who asks for the loading info judges it himself, and so does one who brings weights of his own.
+        if problems and not wants_info and pretrained_model_name_or_path is not None:
             shown = "; ".join(
                 f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
             )
@@ -303,17 +304,18 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
     def _insert_images(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        image_outputs: BaseModelOutputWithPooling | None,
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """Return `inputs_embeds` with the rows of the image tokens replaced by the images' features, in order."""
-        if image_outputs is None or not len(image_outputs.pooler_output):
-            return inputs_embeds
-        image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _check_no_images(self, input_ids: torch.Tensor) -> None:
+        """Raise if a prompt without images has image tokens."""
+        # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
+        if self.config.image_token_id is not None:
+            _check_counts((input_ids == self.config.image_token_id).sum(), 0)
 
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
@@ -339,7 +341,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NemotronVLOutput:
         """Compute logits, and with labels the loss.
 
@@ -369,8 +371,14 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
+            if torch.compiler.is_compiling():
+                num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_outputs)
+        image_features = _features_of(image_outputs)
+        if image_features is not None:
+            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
+        elif input_ids is not None and _begins_prompt(input_ids, past_key_values):
+            self._check_no_images(input_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -391,7 +399,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=torch.cat(list(image_outputs.pooler_output)) if image_outputs is not None else None,
+            image_hidden_states=image_features,
         )
 
     @torch.no_grad()
@@ -433,24 +441,24 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        image_features = _features_of(image_outputs)
         if input_ids is not None and kwargs.get("prompt_embeds") is None:
-            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_outputs, kwargs.get("past_key_values"))
-        elif kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_outputs)
+            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_features, kwargs.get("past_key_values"))
+        elif kwargs.get("inputs_embeds") is not None and image_features is not None:
+            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_features)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _embed_prompt(
-        self, input_ids: torch.Tensor, image_outputs: BaseModelOutputWithPooling | None, past_key_values: Any | None
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None, past_key_values: Any | None
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
-        if image_outputs is None or not len(image_outputs.pooler_output):
-            # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
-            if past_key_values is None and self.config.image_token_id is not None:
-                _check_counts((input_ids == self.config.image_token_id).sum(), 0)
+        num_cached = _num_cached(past_key_values)  # images in the cache are not given again
+        if image_features is None:
+            if num_cached == 0:
+                self._check_no_images(input_ids)
             return None
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        num_cached = _num_cached(past_key_values)  # images in the cache are not given again
-        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_outputs)
+        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
     def _room_after(self, prompt_length: int) -> int:
@@ -507,6 +515,9 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             written = self.get_input_embeddings()(ids[:, rows.shape[1] :])
             model_inputs["inputs_embeds"] = torch.cat([rows, written], dim=1)
             model_inputs["input_ids"] = None
+        elif not kwargs.get("use_cache", True) and model_inputs.get("input_ids") is not None:
+            # The answer is part of the input here, and an image token in it is no image.
+            model_inputs["inputs_embeds"] = self.get_input_embeddings()(model_inputs.pop("input_ids"))
         return model_inputs
 
     def _update_model_kwargs_for_generation(
@@ -778,6 +789,13 @@ def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(batches)) if len(batches) > 1 else batches[0]
 
 
+def _features_of(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
+    """Return the features of all images, `(num_visual_tokens, hidden_size)`; None if there are no images."""
+    if image_outputs is None or len(image_outputs.pooler_output) == 0:
+        return None
+    return _join(image_outputs.pooler_output)
+
+
 def _join_layers(layers_of_batches: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...] | None:
     """Join what the tower recorded per layer for each batch of tiles; None if it recorded nothing."""
     if layers_of_batches[0] is None:
@@ -812,6 +830,14 @@ def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfol
 def _num_cached(past_key_values: Any | None) -> int:
     """Positions that a cache already holds."""
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool:
+    """Whether nothing comes before these ids; only prompts hold images, a written image token is text."""
+    if past_key_values is None:
+        return True
+    # Single tokens are decoding steps: asking a static cache on a GPU for its length would stall each of them.
+    return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:

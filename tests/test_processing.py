@@ -13,9 +13,9 @@ from nemotron_vl.processing_nemotron_vl import (
     NemotronVLProcessor,
     build_chat_prompts,
     encode_prompt,
-    flatten_content,
     group_images,
     image_run,
+    split_content,
 )
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
@@ -118,19 +118,19 @@ def test_guard_leaves_innocent_text_alone(processor):
 
 def test_image_parts_stand_on_lines_of_their_own():
     content = [picture(), picture(), text("What?"), text(" And?"), picture(), text("\nThere")]
-    assert flatten_content(content)[0] == "<image>\n<image>\nWhat? And?<image>\nThere"
-    assert len(flatten_content(content)[1]) == 3
+    assert "<image>".join(split_content(content)[0]) == "<image>\n<image>\nWhat? And?<image>\nThere"
+    assert len(split_content(content)[1]) == 3
 
 
 def test_unknown_content_parts_are_refused():
     with pytest.raises(ValueError, match="'file'.*'text', 'image'"):
-        flatten_content([{"type": "file", "file": {}}])
+        split_content([{"type": "file", "file": {}}])
 
 
 @pytest.mark.parametrize("content", [{"type": "text", "text": "x"}, 3, [3], [{"type": "text"}], b"x"])
 def test_malformed_content_is_refused(content):
     with pytest.raises(TypeError, match="must be a string or a list|needs a string"):
-        flatten_content(content)
+        split_content(content)
 
 
 @pytest.mark.parametrize("kind", ["PIL", "path", "url", "base64", "data url", "numpy", "torch"])
@@ -183,11 +183,11 @@ def test_text_without_images_brings_no_tiles(processor):
 
 
 def test_images_of_the_wrong_text_are_refused(processor):
-    with pytest.raises(ValueError, match=r"\[1, 0\] <image> placeholders but \[0, 1\] images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[1, 0\] and \[0, 1\] images were given"):
         processor(text=["<image>", "none"], images=[[], [SMALL]])
-    with pytest.raises(ValueError, match=r"\[1\] <image> placeholders but 0 images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[1\] and 0 images were given"):
         processor(text="<image>")
-    with pytest.raises(ValueError, match=r"\[0\] <image> placeholders but 1 images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[0\] and 1 images were given"):
         processor(text="none", images=SMALL)
 
 
@@ -289,11 +289,12 @@ def test_assistant_mask_covers_answers_and_their_ends(processor):
     assert processor.tokenizer.decode(masked) == "12.50 <image><|eot_id|>May<|eot_id|>"
 
 
-def test_mm_token_type_ids_mark_visual_tokens(processor):
+def test_mm_token_type_ids_mark_what_an_image_takes_up(processor):
+    """Engines find the places of the images by them, and split them by the counts from the sizes."""
     out = processor(text="a<image>", images=SMALL, return_mm_token_type_ids=True)
     types = out["mm_token_type_ids"][0]
-    assert sum(types) == processor.tokens_per_tile
-    assert [int(i == processor.image_token_id) for i in out["input_ids"][0]] == types
+    assert [int(i in processor.image_token_ids) for i in out["input_ids"][0]] == types
+    assert [sum(types)] == processor._get_num_multimodal_tokens([(SMALL.height, SMALL.width)])["num_image_tokens"]
 
 
 def test_counts_from_sizes_equal_the_counts_of_real_images(processor):

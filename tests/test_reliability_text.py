@@ -10,7 +10,7 @@ from nemotron_vl.processing_nemotron_vl import (
     PRIVATE_USE_CHARACTERS,
     ControlTokenGuard,
     build_chat_prompts,
-    flatten_content,
+    split_content,
 )
 
 from tests.hostile import CONTROL_TOKENS, SMALL, control_counts, expected_counts, tiny_processor
@@ -266,7 +266,7 @@ def test_placeholders_and_images_in_every_combination():
 
 def test_text_parts_keep_their_line_rules_beside_images():
     image = {"type": "image", "image": None}
-    assert flatten_content([image, "", "\nx", image, "y"])[0] == "<image>\n\nx<image>\ny"
+    assert "<image>".join(split_content([image, "", "\nx", image, "y"])[0]) == "<image>\n\nx<image>\ny"
 
 
 # Context -------------------------------------------------------------------------------------------------------------
