@@ -536,16 +536,31 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         assistant_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images."""
+        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images.
+
+        Image tokens are never proposed: a look-up finds them in every prompt, and an answer has none.
+        """
         model_kwargs = dict(model_kwargs)
         prompt_embeds = model_kwargs.pop("prompt_embeds", None)
         if prompt_embeds is not None and getattr(assistant_model, "config_class", None) is self.config_class:
             same_size = assistant_model.config.text_config.hidden_size == prompt_embeds.shape[-1]
             own_embeds = prompt_embeds if same_size else assistant_model.get_input_embeddings()(input_ids)
             model_kwargs["prompt_embeds"] = own_embeds
-        return super()._get_candidate_generator(
+        generator = super()._get_candidate_generator(
             *args, input_ids=input_ids, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+        propose = generator.get_candidates
+
+        def propose_text(ids: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            candidates, logits = propose(ids, *rest, **more)
+            is_image = (candidates[0, ids.shape[1] :] == self.config.image_token_id).tolist()
+            if True not in is_image:
+                return candidates, logits
+            kept = is_image.index(True)
+            return candidates[:, : ids.shape[1] + kept], logits[:, :kept] if logits is not None and kept else None
+
+        generator.get_candidates = propose_text
+        return generator
 
     def chat(
         self,
@@ -716,6 +731,8 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         device = self.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
         images = {"visual_features" if tiles_are_features else "pixel_values": tiles} if tiles is not None else {}
+        if options.stop_strings is not None:
+            extra_options = {"tokenizer": tokenizer, **extra_options}
         output = self.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),

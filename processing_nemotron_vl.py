@@ -802,6 +802,8 @@ class NemotronVLProcessor(ProcessorMixin):
         unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
         if unknown:
             raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
+        if variables.get("image_token") == self.image_token:
+            del variables["image_token"]  # every template gets it, and here it is no user's text
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
         keep_parts = READS_PARTS.search(template) is not None
@@ -817,7 +819,7 @@ class NemotronVLProcessor(ProcessorMixin):
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **variables},
+                **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
             )
         except TemplateError as error:
             raise ValueError(f"The chat template refuses this conversation: {error}") from error

@@ -138,6 +138,7 @@ class ModelSuite(
 ):
     all_model_classes = (Llama_Nemotron_Nano_VL,)
     _is_composite = True
+    additional_model_inputs = ["pixel_values"]  # a prompt with image tokens is refused without
     test_can_init_all_missing_weights_before_2023 = True
     test_pruning = test_head_masking = False  # transformers 4.57 asks for them; vision-language models have neither
 
