@@ -328,7 +328,7 @@ def test_accelerate_leaves_the_cache_where_it_is(tiny_checkpoint, processor, tmp
     model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, device_map=places, offload_folder=tmp_path)
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     hooks = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]
-    assert {str(hook.skip_keys) for hook in hooks} == {"['past_key_values']"}
+    assert hooks and all("past_key_values" in hook.skip_keys for hook in hooks)
 
 
 def test_features_of_another_precision_are_cast_to_the_projectors(tiny_checkpoint, processor):
