@@ -247,7 +247,7 @@ def test_image_tokens_are_never_proposed(model, processor, helper, monkeypatch):
     place = batch["input_ids"][0].tolist().index(image_token)
     ids = torch.cat([batch["input_ids"], batch["input_ids"][:, place - 2 : place]], 1)
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": batch["pixel_values"]}
-    plain = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    plain = {"max_new_tokens": 12, "do_sample": False}
     with_help = model.generate(**call, **plain, **options)
     assert torch.equal(with_help, model.generate(**call, **plain))
     assert image_token not in proposed

@@ -608,3 +608,11 @@ def test_parts_are_known_under_the_usual_names(model):
     assert model.multi_modal_projector is model.mlp1
     assert model.get_decoder() is model.language_model.model
     assert model.get_output_embeddings() is model.language_model.lm_head
+
+
+def test_weights_brought_by_hand_need_not_be_all(model):
+    bias = torch.arange(64.0)
+    config = copy.deepcopy(model.config)
+    partly = Llama_Nemotron_Nano_VL.from_pretrained(None, config=config, state_dict={"mlp1.3.bias": bias})
+    assert torch.equal(partly.mlp1[3].bias, bias)
+    assert partly.get_output_embeddings().weight.std() > 0

@@ -432,3 +432,100 @@ def test_oldest_turns_are_dropped_whole_with_their_images(processor):
     assert cut.input_ids.count(processor.image_token_id) == 8
     assert "sys" in cut.text and "third" in cut.text
     assert len(cut.input_ids) <= limit
+
+
+# --- what transformers' own suite asks of a processor (tests/standard_suites.py) -----------------------------------
+
+
+def test_nothing_to_process_is_refused(processor):
+    with pytest.raises(ValueError, match="images, text or both"):
+        processor()
+
+
+def test_an_option_given_twice_is_refused(processor):
+    with pytest.raises(ValueError, match=r"\['padding'\] are given twice, by name and in text_kwargs"):
+        processor(text="x", padding=True, text_kwargs={"padding": False})
+    with pytest.raises(ValueError, match=r"\['upscale'\] are given twice, by name and in images_kwargs"):
+        processor(text="<image>", images=SMALL, upscale=1, images_kwargs={"upscale": 1})
+    common = processor(text="x", common_kwargs={"return_tensors": "np"}, return_tensors="pt")
+    assert isinstance(common["input_ids"], torch.Tensor)
+
+
+def test_what_the_tokenizer_was_loaded_with_holds_until_a_call_says_otherwise(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    padded = NemotronVLProcessor.from_pretrained(tmp_path, padding="max_length", max_length=9)
+    assert len(padded(text="abc")["input_ids"][0]) == 9
+    assert len(padded(text="abc", padding=False)["input_ids"][0]) < 9
+
+
+def test_what_is_said_about_videos_changes_nothing_but_videos_are_refused(processor):
+    plain = processor(text="<image>", images=SMALL)
+    assert (
+        processor(text="<image>", images=SMALL, num_frames=2, fps=None, videos=[])["input_ids"] == plain["input_ids"]
+    )
+    with pytest.raises(ValueError, match="takes no videos; send the frames"):
+        processor(text="x", videos=[[SMALL]])
+
+
+@pytest.mark.parametrize("image_tag_type", ["internvl", "nvlm"])
+def test_replacement_offsets_find_the_images_in_the_prompt_before_and_after(processor, image_tag_type):
+    processor = NemotronVLProcessor(processor.image_processor, processor.tokenizer, image_tag_type=image_tag_type)
+    prompts = ["a<image>b<image>", "none"]
+    out = processor(
+        text=prompts,
+        images=[SMALL, Image.new("RGB", (60, 20))],
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    )
+    first, none = out["text_replacement_offsets"]
+    assert none == [] and [one["type"] for one in first] == ["image", "image"]
+    expanded = processor.tokenizer.decode(out["input_ids"][0])
+    for one in first:
+        assert prompts[0][slice(*one["span"])] == one["text"] == "<image>"
+        assert expanded[slice(*one["new_span"])] == one["replacement"]
+
+
+def test_replacement_offsets_of_messages_ignore_what_protects_their_text(processor):
+    messages = user(text("Is <image> a word?"), picture())
+    options = {"tokenize": True, "return_dict": True, "return_text_replacement_offsets": True}
+    out = processor.apply_chat_template(messages, **options)
+    rendered = processor.apply_chat_template(user(text("Is <image> a word?"), picture(None)))
+    (one,) = out["text_replacement_offsets"][0]
+    assert rendered[slice(*one["span"])] == "<image>" and one["span"][0] == rendered.rindex("<image>")
+
+
+PARTS_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ image_token if part['type'] == 'image' else part['text'] }}{% endfor %}|{% endfor %}"
+)
+
+
+def test_a_template_that_reads_parts_gets_parts(processor):
+    messages = user(text("<ima"), text("ge>"), picture(), text("What?"))
+    for variables in ({}, {"image_token": "<image>"}):
+        ids = tokenize(processor, messages, chat_template=PARTS_TEMPLATE, add_generation_prompt=False, **variables)
+        ids = ids["input_ids"][0]
+        assert ids.count(processor.image_token_id) == processor.tokens_per_tile  # the text forges none
+        assert processor.tokenizer.decode(ids).endswith("</img>\nWhat?|")
+
+
+def test_a_template_that_takes_strings_gets_strings(processor):
+    template = "{% for message in messages %}{{ message['content'] + '|' }}{% endfor %}"
+    messages = user(picture(), text("What?"))
+    rendered = processor.apply_chat_template(messages, chat_template=template)
+    assert rendered == "<image>\nWhat?|"
+
+
+def test_counts_from_sizes_know_the_way_images_are_written(processor):
+    tagged = NemotronVLProcessor(processor.image_processor, processor.tokenizer, image_tag_type="nvlm")
+    out = tagged(text="<image>", images=SMALL, return_mm_token_type_ids=True)
+    counts = tagged._get_num_multimodal_tokens([(SMALL.height, SMALL.width)])["num_image_tokens"]
+    assert counts == [sum(out["mm_token_type_ids"][0])] == [tagged.tokens_per_tile]
+
+
+def test_saving_changes_nothing_of_the_processor(processor, tmp_path):
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before == NemotronVLProcessor.from_pretrained(tmp_path).to_dict()
