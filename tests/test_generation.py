@@ -253,6 +253,23 @@ def test_image_tokens_are_never_proposed(model, processor, helper, monkeypatch):
     assert image_token not in proposed
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generate_records_what_it_is_asked_for(tiny_checkpoint, processor, num_beams):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, attn_implementation="eager").eval()
+    batch = encode(processor, [ONE], [WIDE])
+    recorded = dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), True)
+    options = {**GREEDY, "num_beams": num_beams, "return_dict_in_generate": True, **recorded}
+    out = model.generate(**batch, **options)
+    rows, width = 2 * num_beams, batch["input_ids"].shape[1]
+    config = model.config.text_config
+    for record in (out.attentions, out.hidden_states, out.scores, out.logits):
+        assert len(record) == out.sequences.shape[1] - width
+    assert out.scores[0].shape == out.logits[0].shape == (rows, config.vocab_size)
+    assert len(out.hidden_states[0]) == config.num_hidden_layers + 1
+    assert out.hidden_states[0][-1].shape[1:] == (width, config.hidden_size)
+    assert out.attentions[1][0].shape == (rows, config.num_attention_heads, 1, width + 1)
+
+
 def test_generate_takes_precomputed_features(model, processor):
     batch = encode(processor, [WIDE, ONE])
     expected = answer(model, batch)

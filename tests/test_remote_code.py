@@ -105,7 +105,7 @@ def doors(tiny_checkpoint, tmp_path_factory) -> tuple[dict, dict[str, torch.Tens
     }
     script = Path(__file__).with_name("front_doors.py")
     command = [sys.executable, str(script), str(tiny_checkpoint), str(repository), str(out)]
-    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert run.returncode == 0, run.stderr[-5000:]
     return json.loads((out / "results.json").read_text()), load_file(out / "logits.safetensors"), out
 

@@ -70,7 +70,7 @@ def test_the_two_versions_of_transformers_read_what_the_other_saves(stretched, t
     other = tmp_path / "other"
     other.mkdir()
     command = [sys.executable, str(Path(__file__).with_name("saving.py")), str(tmp_path / "ours"), str(other)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert run.returncode == 0, run.stderr[-5000:]
     version = json.loads((other / "version.json").read_text())
     assert version.split(".")[0] == ("5" if runs_old else "4")
