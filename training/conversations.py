@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemotron_vl.processing_nemotron_vl import flatten_content
+from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, split_content
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -66,8 +66,8 @@ class JsonLines(Dataset):
     def outline(self, index: int) -> Outline:
         texts, sizes = [], []
         for message in self.conversations[index]:
-            text, pictures = flatten_content(message["content"])
-            texts.append(message["role"] + text)
+            written, pictures = split_content(message["content"])
+            texts.append(message["role"] + IMAGE_TOKEN.join(written))
             for picture in pictures:
                 with Image.open(picture) as opened:
                     sizes.append(opened.size[::-1])
