@@ -97,7 +97,7 @@ def read_conversation(entry: Any, folder: Path) -> list[Message]:
 
 def _with_paths(content: Any, listed: list[str], folder: Path) -> Any:
     """Give the image parts of a message absolute paths; parts without one take the next of `listed`."""
-    flatten_content(content)  # judges its form
+    split_content(content)  # judges its form
     if content is None or isinstance(content, str):
         return content
     parts = []
