@@ -9,7 +9,7 @@ import torch
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.image_processing import NemotronVLImageProcessor
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import split_content
+from nemotron_vl.processing_nemotron_vl import flatten_content
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -239,7 +239,7 @@ CONTENTS = [
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("role", ["user", "assistant", "tool"])
 def test_the_template_flattens_parts_as_the_processor_does(content, role):
-    flattened = "<image>".join(split_content(content)[0])
+    flattened, _ = flatten_content(content)
     assert render([{"role": role, "content": content}]) == render([{"role": role, "content": flattened}])
 
 

@@ -13,9 +13,9 @@ from nemotron_vl.processing_nemotron_vl import (
     NemotronVLProcessor,
     build_chat_prompts,
     encode_prompt,
+    flatten_content,
     group_images,
     image_run,
-    split_content,
 )
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
@@ -118,19 +118,19 @@ def test_guard_leaves_innocent_text_alone(processor):
 
 def test_image_parts_stand_on_lines_of_their_own():
     content = [picture(), picture(), text("What?"), text(" And?"), picture(), text("\nThere")]
-    assert "<image>".join(split_content(content)[0]) == "<image>\n<image>\nWhat? And?<image>\nThere"
-    assert len(split_content(content)[1]) == 3
+    assert flatten_content(content)[0] == "<image>\n<image>\nWhat? And?<image>\nThere"
+    assert len(flatten_content(content)[1]) == 3
 
 
 def test_unknown_content_parts_are_refused():
     with pytest.raises(ValueError, match="'file'.*'text', 'image'"):
-        split_content([{"type": "file", "file": {}}])
+        flatten_content([{"type": "file", "file": {}}])
 
 
 @pytest.mark.parametrize("content", [{"type": "text", "text": "x"}, 3, [3], [{"type": "text"}], b"x"])
 def test_malformed_content_is_refused(content):
     with pytest.raises(TypeError, match="must be a string or a list|needs a string"):
-        split_content(content)
+        flatten_content(content)
 
 
 @pytest.mark.parametrize("kind", ["PIL", "path", "url", "base64", "data url", "numpy", "torch"])

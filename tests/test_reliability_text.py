@@ -13,7 +13,7 @@ from nemotron_vl.processing_nemotron_vl import (
     NemotronVLProcessor,
     _encode_chat,
     build_chat_prompts,
-    split_content,
+    flatten_content,
 )
 from transformers.utils import get_json_schema
 
@@ -382,7 +382,7 @@ def test_placeholders_and_images_in_every_combination():
 
 def test_text_parts_keep_their_line_rules_beside_images():
     image = {"type": "image", "image": None}
-    assert "<image>".join(split_content([image, "", "\nx", image, "y"])[0]) == "<image>\n\nx<image>\ny"
+    assert flatten_content([image, "", "\nx", image, "y"])[0] == "<image>\n\nx<image>\ny"
 
 
 # Context -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, split_content
+from nemotron_vl.processing_nemotron_vl import flatten_content
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -66,8 +66,8 @@ class JsonLines(Dataset):
     def outline(self, index: int) -> Outline:
         texts, sizes = [], []
         for message in self.conversations[index]:
-            written, pictures = split_content(message["content"])
-            texts.append(message["role"] + IMAGE_TOKEN.join(written))
+            text, pictures = flatten_content(message["content"])
+            texts.append(message["role"] + text)
             for picture in pictures:
                 with Image.open(picture) as opened:
                     sizes.append(opened.size[::-1])
@@ -97,7 +97,7 @@ def read_conversation(entry: Any, folder: Path) -> list[Message]:
 
 def _with_paths(content: Any, listed: list[str], folder: Path) -> Any:
     """Give the image parts of a message absolute paths; parts without one take the next of `listed`."""
-    split_content(content)  # judges its form
+    flatten_content(content)  # judges its form
     if content is None or isinstance(content, str):
         return content
     parts = []
