@@ -38,7 +38,6 @@ BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, l
 MAX_NESTING = 100  # lists inside lists of pictures
 MAX_TILE_PIXELS = 1 << 30  # of the tiles of one picture: 12.9 GB as float32, before a wrong option takes all memory
 MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 picture passes every limit on area and needs 800 GB on the way
-READ_BYTES = 1 << 17  # source pixels copied out of Pillow at once
 
 # What Pillow's decoders raise on broken files.
 DECODING_ERRORS = (
@@ -366,11 +365,9 @@ def _copy_rows(picture: Image.Image | np.ndarray, top: int, out: np.ndarray) -> 
     if isinstance(picture, np.ndarray):
         out[...] = picture[top : top + num_rows]
         return
-    step = max(1, READ_BYTES // (4 * width))
-    for row in range(0, num_rows, step):
-        strip = out[row : row + step]
-        raw = picture.crop((0, top + row, width, top + row + len(strip))).tobytes("raw", "RGBX")
-        strip[...] = np.frombuffer(raw, np.uint8).reshape(strip.shape)
+    # Pillow pastes straight into our memory; its public ways to read pixels copy them three or four times.
+    target = Image.frombuffer("RGBX", (width, num_rows), out, "raw", "RGBX", 0, 1)
+    target.im.paste(picture.im, (0, -top, width, picture.height - top))
 
 
 def cut_tiles(
