@@ -10,8 +10,10 @@ architectures, state what each has of its own.
 import contextlib
 import copy
 import importlib.util
+import inspect
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available, logg
 
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
+from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput
@@ -46,6 +49,10 @@ PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
+
+
+# Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
+COMPILED_DEVICES = ("cuda",)
 
 
 @dataclass
@@ -138,7 +145,10 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with _naming_the_install():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         # The caller who asks for the loading info judges it himself.
         if problems and not wants_info:
@@ -160,12 +170,28 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
+@contextlib.contextmanager
+def _naming_the_install() -> Iterator[None]:
+    """Add the remedy to transformers' error for an attention whose package is absent."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not str(error).startswith("FlashAttention"):
+            raise
+        raise ImportError(
+            f"{error} Install it (`pip install flash-attn --no-build-isolation`, it needs CUDA), or leave "
+            "attn_implementation out: the default, sdpa, needs nothing."
+        ) from error
+
+
 class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
     Args:
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
+
+    takes_levels = True  # uint8 tiles, rescaled where the tower is
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -245,6 +271,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
+                The 8B V1 also takes uint8 levels (`do_rescale=False` of the image processor), rescaled on its device.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -257,6 +284,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
         _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        if pixel_values.dtype == torch.uint8 and not self.takes_levels:
+            raise ValueError(
+                "pixel_values are uint8 levels, but this model takes tiles that its image processor normalised."
+            )
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -286,6 +317,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
         if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
             pixel_values = pixel_values.to(self.vision_model.device)
+        if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
+            pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
@@ -441,7 +474,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
-            kwargs: everything `GenerationMixin.generate` takes.
+            kwargs: everything `GenerationMixin.generate` takes. On CUDA a generation that names no cache gets a static
+                one and a compiled decode step, the first of which takes a while; `disable_compile=True` leaves the
+                dynamic cache, and so does everything that a static one cannot serve (see `_wants_static_cache`).
 
         Raises:
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
@@ -455,7 +490,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             projected = self._project(visual_features.to(self.mlp1[0].weight.device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
-            _check_pixel_range(pixel_values, *self._pixel_limits())
+            if pixel_values.dtype != torch.uint8:
+                _check_pixel_range(pixel_values, *self._pixel_limits())
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -463,7 +499,33 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_outputs, kwargs.get("past_key_values"))
         elif kwargs.get("inputs_embeds") is not None:
             kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_outputs)
+        if not args and self._wants_static_cache(generation_config, kwargs):
+            kwargs["cache_implementation"] = "static"
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
+        """Say whether a generation is one that transformers compiles if its cache is static, and that names no cache.
+
+        Not those with beams, an assistant, a kept cache, no cache or chunks, a model on several devices or a state
+        that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
+        the thread that recorded them, and a thread per answer would record them each time.
+        """
+        sources = (kwargs, vars(generation_config or {}) if generation_config else {}, vars(self.generation_config))
+
+        def given(name: str) -> Any:
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+        return (
+            self.device.type in COMPILED_DEVICES
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
+            and not self._is_stateful
+            and threading.current_thread() is threading.main_thread()
+            and given("use_cache") is not False
+            and not given("disable_compile")
+            and (given("num_beams") or 1) == 1
+            and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
+        )
 
     def _embed_prompt(
         self, input_ids: torch.Tensor, image_outputs: BaseModelOutputWithPooling | None, past_key_values: Any | None
@@ -776,6 +838,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
+# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found four times as fast.
+NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
+
+
 class _AnswerStream(TextIteratorStreamer):
     """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
 
@@ -974,6 +1040,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    takes_levels = False
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod
