@@ -90,6 +90,32 @@ if triton is not None:
         tl.store(outputs + row * num_outputs + output, total.to(outputs.dtype.element_ty), mask=output < num_outputs)
 
 
+def _launch(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_scales: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply `(num_rows, in_features)` by the bytes of a weight: NVFP4 with block scales, FP8 without."""
+    num_rows, num_outputs = len(rows), len(weight)
+    outputs = rows.new_empty(num_rows, num_outputs)
+    grid = (-(-num_outputs // BLOCK_OUTPUTS), num_rows)
+    sizes = (rows.shape[1], num_outputs, BLOCK_OUTPUTS, BLOCK_BYTES)
+    if block_scales is None:
+        _fp8_kernel[grid](rows, weight, scale, outputs, *sizes)
+    else:
+        _nvfp4_kernel[grid](rows, weight, block_scales, scale, outputs, *sizes)
+    return outputs
+
+
+if triton is not None:
+    # torch.compile sees one operator with a known shape instead of Triton's inside; plain calls spare its overhead.
+    _launch_as_operator = torch.library.custom_op("nemotron_vl::multiply_packed", _launch, mutates_args=())
+
+    @_launch_as_operator.register_fake
+    def _(
+        rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block_scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        return rows.new_empty(len(rows), len(weight))
+
+
 def has_kernel(format_name: str, inputs: torch.Tensor, tensors: dict[str, torch.Tensor]) -> bool:
     """Say whether `multiply_packed` serves this product, and is the faster way."""
     return (
@@ -113,14 +139,9 @@ def multiply_packed(format_name: str, inputs: torch.Tensor, tensors: dict[str, t
         `(..., out_features)` in the dtype of the inputs.
     """
     rows = inputs.reshape(-1, inputs.shape[-1]).contiguous()
-    weight = tensors["weight"].view(torch.uint8)
-    num_rows, num_outputs = len(rows), len(weight)
-    outputs = rows.new_empty(num_rows, num_outputs)
-    grid = (triton.cdiv(num_outputs, BLOCK_OUTPUTS), num_rows)
-    sizes = (rows.shape[1], num_outputs, BLOCK_OUTPUTS, BLOCK_BYTES)
-    if format_name == "FP8":
-        _fp8_kernel[grid](rows, weight, tensors["weight_scale"], outputs, *sizes)
-    else:
-        block_scales = tensors["weight_scale"].view(torch.uint8)
-        _nvfp4_kernel[grid](rows, weight, block_scales, tensors["weight_scale_2"], outputs, *sizes)
-    return outputs.view(*inputs.shape[:-1], num_outputs)
+    block_scales, scale = None, tensors["weight_scale"]
+    if format_name == "NVFP4":
+        block_scales, scale = scale.view(torch.uint8), tensors["weight_scale_2"]
+    launch = _launch_as_operator if torch.compiler.is_compiling() else _launch
+    outputs = launch(rows, tensors["weight"].view(torch.uint8), scale, block_scales)
+    return outputs.view(*inputs.shape[:-1], outputs.shape[-1])

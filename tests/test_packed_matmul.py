@@ -121,6 +121,16 @@ def test_generation_with_kernels_gives_the_tokens_without(golden_8b, monkeypatch
     assert torch.equal(with_kernels, model.generate(ids, **options))
 
 
+@needs_kernels
+@pytest.mark.parametrize("name", packed_matmul.FORMATS)
+def test_a_compiled_layer_is_one_graph_with_the_same_numbers(name):
+    layer = packed_layer(name, 24, 32)
+    inputs = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(inputs)
+        assert torch.equal(compiled, layer(inputs))
+
+
 def test_prompts_and_other_formats_are_unpacked(monkeypatch):
     monkeypatch.setattr(packed_matmul, "triton", object())
     row = torch.zeros(packed_matmul.MAX_ROWS, 16)
