@@ -9,7 +9,6 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
-import importlib.util
 import inspect
 import operator
 import os
@@ -28,10 +27,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
-from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
-from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
@@ -134,7 +133,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
-        _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
+        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
         with _naming_the_install():
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -171,6 +170,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     """
 
     takes_levels = True  # uint8 tiles, rescaled where the tower is
+    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -497,7 +497,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
         the thread that recorded them, and a thread per answer would record them each time.
         """
-        sources = (kwargs, vars(generation_config or {}) if generation_config else {}, vars(self.generation_config))
+        sources = (kwargs, vars(generation_config) if generation_config is not None else {}, vars(self.generation_config))
 
         def given(name: str) -> Any:
             return next((source[name] for source in sources if source.get(name) is not None), None)
@@ -630,6 +630,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         num_patches_list: torch.Tensor | Sequence[Any] | None = None,
         streamer: Any | None = None,
         truncation: str | None = None,
+        enable_thinking: bool | None = None,
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
@@ -655,6 +656,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
             truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
                 answer fit the context, and says so; None raises instead.
+            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
+                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -689,6 +692,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             # InternVL clients set their system prompt on the model.
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
+            numbers_images=self.numbers_images,
+            enable_thinking=enable_thinking,
         )
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
@@ -698,7 +703,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
         )
         results = [
-            (answer, [*prompt.history, (prompt.question, answer)]) if return_history else answer
+            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if isinstance(question, str):
@@ -825,7 +830,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
-# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found four times as fast.
+# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found sooner.
 NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
 
 
@@ -844,6 +849,12 @@ class _AnswerStream(TextIteratorStreamer):
             super().put(value)
         elif new_ids := _before_end(value.flatten().tolist(), self.options):
             super().put(torch.tensor(new_ids))
+
+
+def _to_remember(prompt: ChatPrompt, answer: str) -> str:
+    """Return what of an answer the next prompt holds: no reasoning."""
+    thinking = prompt.text.rstrip().endswith(THINK_START)
+    return split_reasoning(answer, thinking)[1] if thinking else answer
 
 
 def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
@@ -899,13 +910,16 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
 
 
-def _check_prefix_tokens(
+def _check_tensors(
     config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
 ) -> None:
-    """Raise if the tower's config counts other class and register tokens than the checkpoint's tensor holds."""
+    """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
     if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
         return
-    token = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or []).get(PREFIX_TOKENS)
+    headers = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or [])
+    if any(".mixer.experts." in name for name in headers):
+        raise ValueError(MIXTURE_OF_EXPERTS)
+    token = headers.get(PREFIX_TOKENS)
     if token is None:
         return
     config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
@@ -919,19 +933,24 @@ def _check_prefix_tokens(
         )
 
 
-def _announce_slow_mamba() -> None:
-    """Say once, instead of once for each of its functions as transformers does, that the kernels are missing."""
-    missing = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name) is None]
-    if missing:
-        logger.warning_once(
-            f"The Mamba layers run in plain torch, correct but slower than with CUDA kernels: {' and '.join(missing)} "
-            "not installed (pip install mamba-ssm causal-conv1d, on a machine with CUDA)."
+class _OneNotice:
+    """A filter for transformers' logger: says once, instead of once for each of its functions, that kernels are missing."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def filter(self, record: Any) -> bool:
+        if "is falling back to its reference PyTorch implementation" not in str(record.msg):
+            return True
+        record.msg = (
+            "The Mamba layers run in plain torch: correct, but slower than the CUDA kernels of `mamba-ssm` and "
+            "`causal-conv1d`, which are not installed here."
         )
-        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_says_something_new)
+        is_first, self.said = not self.said, True
+        return is_first
 
 
-def _says_something_new(record: Any) -> bool:
-    return "is falling back to its reference PyTorch implementation" not in str(record.msg)
+_ONE_NOTICE = _OneNotice()
 
 
 class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
@@ -977,7 +996,7 @@ class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
         for block in self.backbone.layers:
             if block.block_type == "linear_attention":
                 # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. NVIDIA's kernels limit neither.
+                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
                 block.mixer.time_step_limit = tuple(config.time_step_limit)
         self.post_init()
 
@@ -1015,12 +1034,13 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
     takes_levels = False
+    numbers_images = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        _announce_slow_mamba()
+        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_ONE_NOTICE)
         return NemotronHBackbone(text_config)
 
     @staticmethod
