@@ -497,7 +497,11 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
         the thread that recorded them, and a thread per answer would record them each time.
         """
-        sources = (kwargs, vars(generation_config) if generation_config is not None else {}, vars(self.generation_config))
+        sources = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
 
         def given(name: str) -> Any:
             return next((source[name] for source in sources if source.get(name) is not None), None)
