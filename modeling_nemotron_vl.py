@@ -18,7 +18,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
@@ -80,7 +84,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
 
     config: NemotronVLConfig
     config_class = NemotronVLConfig
-    base_model_prefix = "model"
+    base_model_prefix = ""  # no weight has a prefix; `base_model` is the model without its head
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -169,6 +173,16 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         )
         self.loss_type = "ForCausalLM"  # transformers 4.57 guesses it from the class name otherwise
         self.post_init()
+
+    @property
+    def model(self) -> "NemotronVLBackbone":
+        """The model without its head, under the field's usual name."""
+        return NemotronVLBackbone(self)
+
+    @property
+    def base_model(self) -> "NemotronVLBackbone":
+        """The model without its head, under transformers' name."""
+        return self.model
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -272,10 +286,12 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             merged = merged.transpose(1, 2)
         return merged.flatten(1, 2)
 
+    def _projector_norm(self) -> torch.Tensor:
+        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
+        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
+
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        # The LayerNorm's weight tells dtype and device: it is never quantised, a Linear's may be.
-        norm = self.mlp1[0].weight
-        return self.mlp1(merged.to(norm.dtype))
+        return self.mlp1(merged.to(self._projector_norm().dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -314,6 +330,27 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | Sequence[int] | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
+        """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+        return self._insert_images(input_ids, inputs_embeds, image_outputs), image_outputs
 
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
@@ -361,16 +398,9 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_outputs)
+        inputs_embeds, image_outputs = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+        )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -425,8 +455,8 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         if input_ids is not None:
             self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
-            projected = self._project(visual_features.to(self.mlp1[0].weight.device))
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel())
+            projected = self._project(visual_features.to(self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
             _check_pixel_range(pixel_values)
@@ -599,7 +629,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel())
         elif pixel_values is not None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
@@ -748,6 +778,46 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
                 answer.result()
             finally:
                 stream.abandoned = True
+
+
+class NemotronVLBackbone:
+    """A model without its head: prompts and pictures to hidden states.
+
+    TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
+    of a long page never exist at once. This is a view and no module: the weights keep their published names.
+
+    Args:
+        whole: the model.
+    """
+
+    def __init__(self, whole: Llama_Nemotron_Nano_VL):
+        self._whole = whole
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_flags: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states.
+
+        Args: as for `Llama_Nemotron_Nano_VL.forward`, without `labels` and `logits_to_keep`.
+
+        Returns:
+            `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
+        """
+        inputs_embeds, _ = self._whole._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+        )
+        decoder = self._whole.get_decoder()
+        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
 
 
 class _AnswerStream(TextIteratorStreamer):
