@@ -359,7 +359,7 @@ class NemotronVLConfig(PretrainedConfig):
     is_composition = True
     sub_configs = {"text_config": LlamaConfig, "vision_config": RADIOConfig}
     attribute_map = {"text_config": "llm_config", "image_token_id": "img_context_token_id"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     def __init__(
         self,

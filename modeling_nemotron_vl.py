@@ -272,8 +272,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
 
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
-        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
-            pixel_values = pixel_values.to(self.vision_model.device)
+        pixel_values = _move(pixel_values, self.vision_model.device)
         tower = self.vision_model(pixel_values, **kwargs)
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
@@ -401,6 +400,9 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         inputs_embeds, image_outputs = self._embed(
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
         )
+        # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
+        if position_ids is not None:
+            position_ids = position_ids.to(inputs_embeds.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -455,8 +457,10 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         if input_ids is not None:
             self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel())
-            projected = self._project(visual_features.to(self._projector_norm().device))
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
+            projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
             _check_pixel_range(pixel_values)
@@ -629,7 +633,9 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel())
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
         elif pixel_values is not None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
@@ -841,6 +847,11 @@ def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     """Return the ids before the first end token."""
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
