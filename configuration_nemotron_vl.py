@@ -1,17 +1,25 @@
-"""Configurations of Nemotron Nano VL: the whole model (`NemotronVLConfig`) and its C-RADIOv2 tower (`RADIOConfig`).
+"""Configurations of Nemotron Nano VL: the 8B V1 (`NemotronVLConfig`), the 12B V2 (`NemotronVLV2Config`) and the
+C-RADIOv2 tower of both (`RADIOConfig`).
 
-Both read the JSON that NVIDIA publishes as it is and write the same keys back. A config only describes: a foreign
+All read the JSON that NVIDIA publishes as it is and write the same keys back. A config only describes: a foreign
 `auto_map` in it, also inside `vision_config`, is replaced by ours and never followed.
 """
 
 import copy
 import json
+import math
 import os
 from typing import Any
 
 from transformers import LlamaConfig
+from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import cached_file, logging
+
+try:
+    from transformers import NemotronHConfig
+except ImportError:  # transformers 4.57
+    NemotronHConfig = None
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +57,46 @@ LLAMA_3_1_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128009,
 }
-LLAMA_3_1_8B_IMAGE_TOKEN_ID = 128256
+
+NEMOTRON_NANO_12B_V2 = {
+    "vocab_size": 132096,  # 131,072 of the text model, the image and video tokens, and padding
+    "hidden_size": 5120,
+    "intermediate_size": 20480,
+    "num_hidden_layers": 62,
+    "hybrid_override_pattern": 6 * "M-M-M-M*-" + "M-M-M-M-",  # M: Mamba2, -: MLP, *: attention
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "mlp_hidden_act": "relu2",
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 80,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 12,
+}
+# What transformers' NemotronHConfig saves beside the published keys: its own spelling of the layer pattern, which the
+# classes of NVIDIA and vLLM refuse to set, and the settings of layers that the 12B V2 does not have.
+NATIVE_NEMOTRON_H_KEYS = (
+    *("layers_block_type", "layer_types", "mtp_layers_block_type", "num_nextn_predict_layers"),
+    *("moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_overlap"),
+    *("n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob", "num_experts_per_tok"),
+    *("output_router_logits", "routed_scaling_factor", "topk_group"),
+)
+MIXTURE_OF_EXPERTS = (
+    "This checkpoint has mixture-of-experts layers ('E' in llm_config.hybrid_override_pattern): it is a pre-release of "
+    "the omni model, which shares the architecture's name with the 12B V2 but has another tower input and other tokens. "
+    "Load it with its own code."
+)
+NEEDED_FOR_V2 = (
+    "The 12B V2 needs transformers 5.23 or later, whose NemotronH is its language model; this is {version}. "
+    "pip install -U transformers."
+)
 
 # Largest sizes that are taken for sizes: far above every released model, and small enough for building to end.
 LARGEST = {
@@ -152,6 +199,8 @@ class RADIOConfig(PretrainedConfig):
         summary_idxs: class tokens that form the summary output.
         use_final_norm: LayerNorm after the last block (`args.model_norm`); False in the released models.
         max_image_size: side in pixels of the square picture the position table covers (`args.cpe_max_size`).
+        external_normalization: the pictures come normalised, and the input conditioner leaves them as they are (12B
+            V2, where RADIO calls it an external preprocessor).
         align_corners: sampling of the position-table resize; True is what the published tower code does.
         random_position_crop: in training, sample the position table at random crops, as C-RADIO was trained.
             Off by default: fine-tuning sees the positions that inference sees.
@@ -186,6 +235,7 @@ class RADIOConfig(PretrainedConfig):
         summary_idxs: list[int] | None = None,
         use_final_norm: bool | None = None,
         max_image_size: int | None = None,
+        external_normalization: bool = False,
         align_corners: bool = True,
         random_position_crop: bool = False,
         position_dropout: float = 0.1,
@@ -208,6 +258,7 @@ class RADIOConfig(PretrainedConfig):
         self.vitdet_window_size = vitdet_window_size
         self.feature_normalizer_config = feature_normalizer_config
         self.layer_norm_eps = layer_norm_eps
+        self.external_normalization = external_normalization
         self.align_corners = align_corners
         self.random_position_crop = random_position_crop
         self.position_dropout = position_dropout
@@ -331,7 +382,7 @@ class RADIOConfig(PretrainedConfig):
 class NemotronVLConfig(PretrainedConfig):
     """Configuration of `Llama_Nemotron_Nano_VL`; without arguments, the released 8B V1.
 
-    Published names are the attributes; `text_config` and `image_token_id` are aliases of `llm_config` and
+    The class attributes are what the 12B V2 states differently. Published names are the attributes; `text_config` and `image_token_id` are aliases of `llm_config` and
     `img_context_token_id`, readable and settable.
 
     Args:
@@ -358,6 +409,12 @@ class NemotronVLConfig(PretrainedConfig):
     model_type = "Llama_Nemotron_Nano_VL"
     is_composition = True
     sub_configs = {"text_config": LlamaConfig, "vision_config": RADIOConfig}
+    language_model_type = "llama"
+    # What the released checkpoint has, for a config made without arguments.
+    released_llm_config = LLAMA_3_1_8B
+    released_image_token_id = 128256
+    released_projector_hidden_size = 4096
+    released_max_sequence_length = 16384
     attribute_map = {"text_config": "llm_config", "image_token_id": "img_context_token_id"}
     keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
@@ -371,7 +428,7 @@ class NemotronVLConfig(PretrainedConfig):
         template: str | None = None,
         ps_version: str = "v2",
         image_tag_type: str = "internvl",
-        projector_hidden_size: int = 4096,
+        projector_hidden_size: int | None = None,
         vit_hidden_size: int | None = None,
         img_context_token_id: int | None = None,
         max_sequence_length: int | None = None,
@@ -382,12 +439,11 @@ class NemotronVLConfig(PretrainedConfig):
             raise ValueError(
                 f"This is not a {self.model_type} config; load it with the class of its own architecture."
             )
+        # The model class is called like the model type, in the configs that NVIDIA publishes and here.
+        doors = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
         kwargs["auto_map"] = {
-            "AutoConfig": "configuration_nemotron_vl.NemotronVLConfig",
-            "AutoModel": "modeling_nemotron_vl.Llama_Nemotron_Nano_VL",
-            "AutoModelForCausalLM": "modeling_nemotron_vl.Llama_Nemotron_Nano_VL",
-            "AutoModelForImageTextToText": "modeling_nemotron_vl.Llama_Nemotron_Nano_VL",
-            "AutoModelForMultimodalLM": "modeling_nemotron_vl.Llama_Nemotron_Nano_VL",
+            "AutoConfig": f"configuration_nemotron_vl.{type(self).__name__}",
+            **dict.fromkeys(doors, f"modeling_nemotron_vl.{self.model_type}"),
         }
         llm_config = _agree(
             "the language model", (llm_config, "llm_config"), (kwargs.pop("text_config", None), "text_config")
@@ -396,7 +452,7 @@ class NemotronVLConfig(PretrainedConfig):
             "the image token",
             (img_context_token_id, "img_context_token_id"),
             (kwargs.pop("image_token_id", None), "image_token_id"),
-            default=LLAMA_3_1_8B_IMAGE_TOKEN_ID if llm_config is None else None,
+            default=self.released_image_token_id if llm_config is None else None,
         )
         self.llm_config = self._build_llm_config(llm_config)
         self.vision_config = self._build_vision_config(vision_config)
@@ -413,37 +469,38 @@ class NemotronVLConfig(PretrainedConfig):
         self.template = template
         self.ps_version = ps_version
         self.image_tag_type = image_tag_type
-        self.projector_hidden_size = projector_hidden_size
+        self.projector_hidden_size = projector_hidden_size or self.released_projector_hidden_size
         self.img_context_token_id = img_context_token_id
-        self.max_sequence_length = max_sequence_length or 16384
+        self.max_sequence_length = max_sequence_length or self.released_max_sequence_length
         self.vision_batch_size = vision_batch_size
         self._reject_contradictions()
         kwargs["tie_word_embeddings"] = self.llm_config.tie_word_embeddings
         super().__init__(**kwargs)
 
-    @staticmethod
-    def _build_llm_config(llm_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    @classmethod
+    def _build_llm_config(cls, llm_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
         if llm_config is None:
-            return LlamaConfig(**LLAMA_3_1_8B)
+            llm_config = cls.released_llm_config
         if not isinstance(llm_config, (dict, PretrainedConfig)):
-            raise TypeError(f"llm_config must be a dict or a LlamaConfig, got {llm_config!r:.80}.")
+            raise TypeError(f"llm_config must be a dict or a config of transformers, got {llm_config!r:.80}.")
         model_type = (
             llm_config.model_type
             if isinstance(llm_config, PretrainedConfig)
-            else llm_config.get("model_type", "llama")
+            else llm_config.get("model_type", cls.language_model_type)
         )
-        if model_type != "llama":
+        if model_type != cls.language_model_type:
             raise ValueError(
-                f"Llama_Nemotron_Nano_VL has a 'llama' language model, but llm_config.model_type is {model_type!r}."
+                f"{cls.model_type} has a {cls.language_model_type!r} language model, but llm_config.model_type is "
+                f"{model_type!r}."
             )
         if isinstance(llm_config, PretrainedConfig):
             return llm_config
         _check_sizes("llm_config.", llm_config)
         # Deep copy: transformers standardises the rope dict in place, and this one is the caller's.
-        return LlamaConfig(**copy.deepcopy(llm_config))
+        return cls.sub_configs["text_config"](**copy.deepcopy(llm_config))
 
-    @staticmethod
-    def _build_vision_config(vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    @classmethod
+    def _build_vision_config(cls, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
         if isinstance(vision_config, PretrainedConfig):
             # The dynamic loader makes copies of this file, so isinstance(vision_config, RADIOConfig) says nothing.
             if vision_config.model_type == RADIOConfig.model_type:
@@ -492,7 +549,7 @@ class NemotronVLConfig(PretrainedConfig):
         hub_names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        names = ("img_context_token_id", "image_token_id")
+        names = ("img_context_token_id", "image_context_token_id", "image_token_id")
         if config_dict and all(config_dict.get(name) is None for name in names):
             config_dict["img_context_token_id"] = read_image_token_id(pretrained_model_name_or_path, **hub_kwargs)
         if config_dict and config_dict.get("quantization_config") is None:
@@ -514,12 +571,102 @@ class NemotronVLConfig(PretrainedConfig):
         generic = PretrainedConfig().to_dict()
         for name in ("llm_config", "vision_config"):
             part = _published_form(published[name])
+            if name == "llm_config":
+                part = self._published_llm_config(part)
             # transformers 5 writes the defaults that every config has; _name_or_path is a path of this machine.
             noise = {key for key in GENERIC_KEYS if key in part and part[key] == generic.get(key)} | {"_name_or_path"}
             published[name] = {key: value for key, value in part.items() if key not in noise}
         if self.vision_batch_size is None:  # a setting of ours; other runtimes need not see it
             published.pop("vision_batch_size", None)
-        published["llm_config"].pop("auto_map", None)  # only transformers' own Llama is ever built
+        published["llm_config"].pop("auto_map", None)  # only transformers' own language models are ever built
+        return published
+
+    def _published_llm_config(self, llm_config: dict[str, Any]) -> dict[str, Any]:
+        """Return the saved form of the language model's config in the published words."""
+        return llm_config
+
+
+class NemotronVLV2Config(NemotronVLConfig):
+    """Configuration of `NemotronH_Nano_VL_V2`; without arguments, the released 12B V2.
+
+    What differs from the 8B V1: the language model is a hybrid of Mamba2, MLP and attention layers, tiles come
+    normalised from the image processor, and the config also names the tokens, the statistics of that normalisation and
+    what other runtimes need for video. The early spelling `image_context_token_id` is read as `img_context_token_id`.
+
+    Args:
+        use_thumbnail: as the image processor; for other runtimes.
+        norm_mean, norm_std: RGB statistics, for pixels in 0..1, that the tiles are normalised with.
+        img_context_token, video_context_token, img_start_token, img_end_token: the tokens in words.
+        video_context_token_id: id of the video token; kept for other runtimes.
+        video_pruning_rate: share of video tokens to drop; kept for other runtimes.
+        kwargs: as for `NemotronVLConfig`.
+
+    Raises:
+        ImportError: on transformers without NemotronH.
+        ValueError: for contradictions, and for the mixture-of-experts siblings that share the architecture's name.
+    """
+
+    model_type = "NemotronH_Nano_VL_V2"
+    sub_configs = {"text_config": NemotronHConfig or PretrainedConfig, "vision_config": RADIOConfig}
+    language_model_type = "nemotron_h"
+    released_llm_config = NEMOTRON_NANO_12B_V2
+    released_image_token_id = 131072
+    released_projector_hidden_size = 20480
+    released_max_sequence_length = 131072
+
+    def __init__(
+        self,
+        use_thumbnail: bool = True,
+        norm_mean: tuple[float, float, float] | None = None,
+        norm_std: tuple[float, float, float] | None = None,
+        img_context_token: str = IMAGE_TOKEN,
+        video_context_token: str = "<video>",
+        img_start_token: str = "<img>",
+        img_end_token: str = "</img>",
+        video_context_token_id: int | None = None,
+        video_pruning_rate: float = 0.0,
+        **kwargs: Any,
+    ):
+        self.use_thumbnail = use_thumbnail
+        self.norm_mean = list(norm_mean or CLIP_MEAN)
+        self.norm_std = list(norm_std or CLIP_STD)
+        self.img_context_token = img_context_token
+        self.video_context_token = video_context_token
+        self.img_start_token = img_start_token
+        self.img_end_token = img_end_token
+        self.video_context_token_id = video_context_token_id
+        self.video_pruning_rate = video_pruning_rate
+        kwargs["img_context_token_id"] = _agree(
+            "the image token",
+            (kwargs.get("img_context_token_id"), "img_context_token_id"),
+            (kwargs.pop("image_context_token_id", None), "image_context_token_id"),
+        )
+        super().__init__(**kwargs)
+
+    @classmethod
+    def _build_llm_config(cls, llm_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+        if NemotronHConfig is None:
+            raise ImportError(NEEDED_FOR_V2.format(version=transformers_version))
+        if isinstance(llm_config, dict) and "E" in (llm_config.get("hybrid_override_pattern") or ""):
+            raise ValueError(MIXTURE_OF_EXPERTS)
+        return super()._build_llm_config(llm_config)
+
+    @classmethod
+    def _build_vision_config(cls, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+        if vision_config is None:
+            vision_config = {"num_registers": 12}  # 16 prefix tokens
+        config = super()._build_vision_config(vision_config)
+        if not config.external_normalization:
+            config = copy.deepcopy(config)  # the caller's
+            config.external_normalization = True
+        return config
+
+    def _published_llm_config(self, llm_config: dict[str, Any]) -> dict[str, Any]:
+        published = {name: value for name, value in llm_config.items() if name not in NATIVE_NEMOTRON_H_KEYS}
+        if published.get("time_step_limit") in ([0.0, math.inf], (0.0, math.inf)):
+            del published["time_step_limit"]  # no limit, the default; transformers 5 writes infinity in its own way
+        published["hybrid_override_pattern"] = self.llm_config.hybrid_override_pattern
+        published["num_hidden_layers"] = self.llm_config.num_hidden_layers
         return published
 
 
@@ -601,3 +748,4 @@ def read_image_token_id(pretrained_model_name_or_path: str | os.PathLike, **hub_
 
 RADIOConfig.register_for_auto_class()
 NemotronVLConfig.register_for_auto_class()
+NemotronVLV2Config.register_for_auto_class()

@@ -1,11 +1,15 @@
-"""Nemotron Nano VL 8B V1: pictures and text to logits, text and conversations.
+"""Nemotron Nano VL, 8B V1 and 12B V2: pictures and text to logits, text and conversations.
 
 tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`) -> rows of the prompt's embeddings
--> Llama (`language_model`). Module names are the keys of the published checkpoints.
+-> language model (`language_model`). Module names are the keys of the published checkpoints.
+
+`NemotronVLModel` is everything the two have in common; the two classes at the end, called as the published
+architectures, state what each has of its own.
 """
 
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
+from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,11 +30,16 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
-from .configuration_nemotron_vl import NemotronVLConfig
+from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
-from .quantization_nemotron_vl import prepare_loading
+from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput
+
+try:
+    from transformers import NemotronHForCausalLM, NemotronHModel
+except ImportError:  # transformers 4.57, on which the config of the 12B V2 says what is needed
+    NemotronHForCausalLM = NemotronHModel = None
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +47,9 @@ logger = logging.get_logger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 1024
 # How far outside 0..1 a pixel may lie: rounding of bfloat16 tiles.
 PIXEL_TOLERANCE = 0.01
+# How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
+BICUBIC_OVERSHOOT = 0.5
+PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
 
 
 @dataclass
@@ -83,12 +95,11 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    config_class = NemotronVLConfig
     base_model_prefix = ""  # no weight has a prefix; `base_model` is the model without its head
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
+    _no_split_modules = ["LlamaDecoderLayer", "NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _skip_keys_device_placement = ["past_key_values"]
     # The tower derives these indices from its config; some checkpoints store them as well.
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]
@@ -130,6 +141,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
+        _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
         # The caller who asks for the loading info judges it himself.
@@ -152,35 +164,49 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
-class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the published architecture string
-    """C-RADIOv2 tower, projector and Llama 3.1, with the weights, the config and the `chat()` NVIDIA published.
+class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
+    """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
     Args:
-        config: a `NemotronVLConfig`.
+        config: a `NemotronVLConfig`, or the one of the member of the family.
     """
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
         self.vision_model = RADIOModel(config.vision_config)
-        self.language_model = LlamaForCausalLM(config.text_config)
-        merged_size = config.vit_hidden_size * config.merge_size**2
+        self.language_model = self._build_language_model(config.text_config)
         # nn.Sequential because the published keys are mlp1.0, mlp1.1 and mlp1.3.
         self.mlp1 = nn.Sequential(
-            nn.LayerNorm(merged_size),
-            nn.Linear(merged_size, config.projector_hidden_size),
-            nn.GELU(),
-            nn.Linear(config.projector_hidden_size, config.text_config.hidden_size),
+            *self._build_projector(
+                config.vit_hidden_size * config.merge_size**2,
+                config.projector_hidden_size,
+                config.text_config.hidden_size,
+            )
         )
         self.loss_type = "ForCausalLM"  # transformers 4.57 guesses it from the class name otherwise
         self.post_init()
 
-    @property
-    def model(self) -> "NemotronVLBackbone":
-        """The model without its head, under the field's usual name."""
-        return NemotronVLBackbone(self)
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        """Return the language model with fresh weights."""
+        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        """Return the modules of `mlp1`, from merged patches to the width of the language model."""
+        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        """Return the smallest and the largest value of a tile, and what to do about others."""
+        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
 
     @property
-    def base_model(self) -> "NemotronVLBackbone":
+    def model(self) -> "ModelWithoutHead":
+        """The model without its head, under the field's usual name."""
+        return ModelWithoutHead(self)
+
+    @property
+    def base_model(self) -> "ModelWithoutHead":
         """The model without its head, under transformers' name."""
         return self.model
 
@@ -463,7 +489,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
             projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
-            _check_pixel_range(pixel_values)
+            _check_pixel_range(pixel_values, *self._pixel_limits())
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -786,7 +812,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLPreTrainedModel, GenerationMixin):  # the
                 stream.abandoned = True
 
 
-class NemotronVLBackbone:
+class ModelWithoutHead:
     """A model without its head: prompts and pictures to hidden states.
 
     TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
@@ -796,7 +822,7 @@ class NemotronVLBackbone:
         whole: the model.
     """
 
-    def __init__(self, whole: Llama_Nemotron_Nano_VL):
+    def __init__(self, whole: NemotronVLModel):
         self._whole = whole
 
     def __call__(
@@ -814,7 +840,7 @@ class NemotronVLBackbone:
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
 
-        Args: as for `Llama_Nemotron_Nano_VL.forward`, without `labels` and `logits_to_keep`.
+        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
 
         Returns:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
@@ -907,17 +933,155 @@ def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
         raise ValueError(message.format(int(num_placeholders), num_features))
 
 
-def _check_pixel_range(pixel_values: torch.Tensor) -> None:
-    """Raise for tiles that are not plain RGB in 0..1: the tower normalises by itself."""
+def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float, remedy: str) -> None:
+    """Raise for tiles outside of what the model's own image processor makes."""
     if pixel_values.numel() == 0:
         return
     low, high = (float(value) for value in pixel_values.aminmax())
-    if not (low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
+    if not (low >= lowest and high <= highest):
+        raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
+
+
+def _check_prefix_tokens(
+    config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
+) -> None:
+    """Raise if the tower's config counts other class and register tokens than the checkpoint's tensor holds."""
+    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
+        return
+    token = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or []).get(PREFIX_TOKENS)
+    if token is None:
+        return
+    config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
+    stored, counted = token.shape[0], config.vision_config.num_prefix_tokens
+    if stored != counted:
         raise ValueError(
-            f"pixel_values lie in {low:.3f}..{high:.3f}, but this model takes RGB in 0..1 and normalises by itself. "
-            "Use this checkpoint's image processor, or undo the normalisation of tiles made elsewhere: "
-            f"{undo_normalization.__module__.rsplit('.', 1)[-1]}.{undo_normalization.__name__}(pixel_values)."
+            f"{PREFIX_TOKENS} holds {stored} class and register tokens, but vision_config counts {counted} "
+            f"(num_cls_tokens={config.vision_config.num_cls_tokens}, num_registers="
+            f"{config.vision_config.num_registers}). `python -m tools.adopt` writes the count of the tensor into the "
+            "config."
         )
 
 
+def _announce_slow_mamba() -> None:
+    """Say once, instead of once for each of its functions as transformers does, that the kernels are missing."""
+    missing = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name) is None]
+    if missing:
+        logger.warning_once(
+            f"The Mamba layers run in plain torch, correct but slower than with CUDA kernels: {' and '.join(missing)} "
+            "not installed (pip install mamba-ssm causal-conv1d, on a machine with CUDA)."
+        )
+        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_says_something_new)
+
+
+def _says_something_new(record: Any) -> bool:
+    return "is falling back to its reference PyTorch implementation" not in str(record.msg)
+
+
+class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
+    """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
+
+    config: NemotronVLConfig
+    config_class = NemotronVLConfig
+
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        return LlamaForCausalLM(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            nn.LayerNorm(merged_size),
+            nn.Linear(merged_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, text_size),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        function = f"{undo_normalization.__module__.rsplit('.', 1)[-1]}.{undo_normalization.__name__}(pixel_values)"
+        remedy = (
+            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
+            f"normalisation of tiles made elsewhere: {function}"
+        )
+        return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
+
+
+class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
+    """transformers' NemotronH under the published names: `backbone` instead of `model`."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, config: PretrainedConfig):
+        super(NemotronHForCausalLM, self).__init__(config)
+        self.backbone = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for block in self.backbone.layers:
+            if block.block_type == "linear_attention":
+                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
+                # `time_step_min`, which is there for drawing fresh weights. NVIDIA's kernels limit neither.
+                block.mixer.time_step_limit = tuple(config.time_step_limit)
+        self.post_init()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The backbone, under transformers' name."""
+        return self.backbone
+
+
+class ProjectorRMSNorm(nn.Module):
+    """RMSNorm with everything, also the multiplication by the weight, in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features_float = features.float()
+        scale = torch.rsqrt(features_float.square().mean(-1, keepdim=True) + self.eps)
+        return (features_float * scale * self.weight.float()).to(features.dtype)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(features).square()
+
+
+class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture string
+    """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
+
+    The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
+    """
+
+    config: NemotronVLV2Config
+    config_class = NemotronVLV2Config
+    _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
+
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        _announce_slow_mamba()
+        return NemotronHBackbone(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            ProjectorRMSNorm(merged_size),
+            nn.Linear(merged_size, hidden_size, bias=False),
+            SquaredReLU(),
+            nn.Linear(hidden_size, text_size, bias=False),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        statistics = list(zip(self.config.norm_mean, self.config.norm_std, strict=True))
+        low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+        """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
+        return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
+
+
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")
+NemotronH_Nano_VL_V2.register_for_auto_class("AutoModel")

@@ -673,7 +673,7 @@ def prepare_loading(
     quantised = any(is_quantised(name, header) for name, header in headers.items())
     if not quantised and not stored:
         return kwargs, None
-    config, kwargs = _load_config(config_class, pretrained_model_name_or_path, kwargs)
+    config, kwargs = load_config(config_class, pretrained_model_name_or_path, kwargs)
     kwargs["config"] = config
     if not quantised:
         logger.warning(
@@ -788,7 +788,7 @@ def _stored_quantization(
     return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
 
 
-def _load_config(
+def load_config(
     config_class: type[PretrainedConfig], pretrained_model_name_or_path: str | os.PathLike, kwargs: dict[str, Any]
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
     """Return a config of our own to write into, and the arguments without those that went into it."""

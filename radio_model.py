@@ -51,15 +51,19 @@ class RADIOModelOutput(ModelOutput):
 
 
 class RADIOInputConditioner(nn.Module):
-    """Normalise RGB pixels in 0..1 with the tower's own mean and standard deviation."""
+    """Normalise RGB pixels in 0..1 with the tower's own mean and standard deviation, unless they come normalised."""
 
     def __init__(self, config: RADIOConfig):
         super().__init__()
+        self.config = config
         for name in ("norm_mean", "norm_std"):
             values = torch.tensor(getattr(config, name), dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # CODEPATH: the 12B V2, whose image processor normalises; its checkpoint holds these numbers all the same.
+        if self.config.external_normalization:
+            return pixel_values
         return (pixel_values - self.norm_mean) / self.norm_std
 
 
@@ -337,7 +341,8 @@ class RADIOModel(PreTrainedModel):
 
         Args:
             pixel_values: `(num_images, 3, height, width)` RGB in 0..1, height and width in pixels, multiples of
-                `config.patch_size`. They are normalised in their own precision, then cast to the weights' dtype.
+                `config.patch_size`. They are normalised in their own precision, then cast to the weights' dtype; with
+                `config.external_normalization` they are normalised already.
             x: the published name of the same argument (vLLM uses it).
 
         Returns:
