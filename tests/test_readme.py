@@ -51,6 +51,16 @@ def test_every_named_file_exists():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_yes_names_its_test():
+    table = README[README.index("| works on |") :]
+    rows = [line.split("|")[1:-1] for line in table[: table.index("\n\n")].splitlines()[2:]]
+    unproven = [
+        row[0] for row in rows if "yes" in "".join(row[1:-1]) and not re.search(r"`tests/test_\w+\.py`", row[-1])
+    ]
+    assert len(rows) > 5
+    assert unproven == []
+
+
 def test_make_targets_and_tools_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"\bmake ([a-z][\w.-]*)", "".join(blocks("bash"))):

@@ -22,13 +22,18 @@ from . import ROOT
 GRID_COLOUR = (220, 30, 30)
 
 
-def load(directory: Path) -> tuple[Any, Any]:
-    """Return model and processor of a checkpoint directory; `nano/` of this repository finds its code at the root."""
+def load(directory: Path, **options: Any) -> tuple[Any, Any]:
+    """Return model and processor of a checkpoint directory; `nano/` of this repository finds its code at the root.
+
+    Args:
+        directory: with the code, or a subfolder of where the code is.
+        options: of `AutoModel.from_pretrained`; the dtype is the checkpoint's unless given.
+    """
     where: dict[str, Any] = {"trust_remote_code": True}
     source = directory.resolve()
     if not (source / "modeling_nemotron_vl.py").exists():
         source, where["subfolder"] = source.parent, source.name
-    model = AutoModel.from_pretrained(source, dtype="auto", **where)
+    model = AutoModel.from_pretrained(source, **{"dtype": "auto", **options}, **where)
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
 
 

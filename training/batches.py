@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from training.documents import COLUMNS, KINDS, ROWS_PER_PAGE, Document, document
 from training.questions import (
     ABSENT,
+    FIELD_PHRASINGS,
     PRICE_PHRASINGS,
     TRANSCRIBE_PHRASINGS,
     VALUE_PHRASINGS,
@@ -122,15 +123,16 @@ def lessons_by_length(encoder: "Encoder", conversations: list[Conversation], bat
     return [encoder.batch(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)]
 
 
-def exercise(seed: int, num_lines: int = ROWS_PER_PAGE) -> Conversation:
+def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float = 0.4) -> Conversation:
     """A page of random characters: there is nothing to guess, so a reader has to copy and to look up.
 
     Args:
-        seed: any integer; a third of the exercises are lists of names and values with questions, if lines allow.
-        num_lines: at most so many printed lines.
+        seed: any integer.
+        num_lines: at most so many printed lines, two or more.
+        share_of_look_ups: how many of the exercises are lists of names and values with questions.
     """
     rng = random.Random(f"exercise {seed}")
-    if num_lines >= 8 and rng.random() < 0.4:
+    if rng.random() < share_of_look_ups:
         return _look_up(rng, num_lines)
     return _copy(rng, num_lines)
 
@@ -151,12 +153,13 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
 
 def _look_up(rng: random.Random, num_lines: int) -> Conversation:
     """Names with values on the same or on the next line; questions for some, and for names that are not there."""
-    names = list({"".join(rng.choices(string.ascii_letters, k=rng.randint(3, 6))): None for _ in range(num_lines)})
+    count = rng.randint(min(2, num_lines), num_lines)
+    names = list({"".join(rng.choices(string.ascii_letters, k=rng.randint(3, 6))): None for _ in range(count + 1)})
     pieces = (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
     form = rng.choice(("right", "left", "colon", "below"))
     known: dict[str, str] = {}
     lines: list[str] = []
-    for name in names:
+    for name in names[:count]:
         value = "".join(rng.choices(rng.choice(pieces), k=rng.randint(2, 8)))
         printed = {
             "right": [name + value.rjust(COLUMNS - len(name))],
@@ -166,13 +169,15 @@ def _look_up(rng: random.Random, num_lines: int) -> Conversation:
         }[form]
         if len(lines) + len(printed) > num_lines:
             break
-        lines += printed + [""] * (rng.random() < 0.1)
+        lines += printed
         known[name] = value
-    lines = lines[:ROWS_PER_PAGE]
-    page = Document("exercise", 0, lines + [""] * (ROWS_PER_PAGE - len(lines)))
-    asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:2]
+    rows = sorted(rng.sample(range(ROWS_PER_PAGE), len(lines)))
+    page = Document("exercise", 0, [""] * ROWS_PER_PAGE)
+    for row, line in zip(rows, lines, strict=True):
+        page.lines[row] = line
+    asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
     rng.shuffle(asked)
-    phrasings = rng.choice((VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
+    phrasings = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
     turns = [Turn("field", rng.choice(phrasings).format(name), known.get(name, ABSENT)) for name in asked]
     return Conversation([page], turns)
 

@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--adamw-lr", type=float, default=2e-3)
     parser.add_argument("--exercises", type=float, default=0.0, help="share of pages of random characters")
     parser.add_argument("--exercise-lines", type=int, default=4)
+    parser.add_argument("--look-ups", type=float, default=0.4, help="share of exercises that ask for values")
     parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
     parser.add_argument("--seed", type=int, default=0)
@@ -248,7 +249,7 @@ def main() -> None:
 def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
     """An exercise in copying, or a lesson about a document."""
     if random.Random(seed).random() < arguments.exercises:
-        return exercise(seed, arguments.exercise_lines)
+        return exercise(seed, arguments.exercise_lines, arguments.look_ups)
     return lesson(seed, tuple(arguments.kinds), arguments.long, arguments.pairs)
 
 

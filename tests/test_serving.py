@@ -1,0 +1,290 @@
+"""The real `openai` client over loopback against `python -m tools.serve`."""
+
+import base64
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tools import ROOT
+from tools.chat import load
+
+pytest.importorskip("transformers.cli.serving.server", reason="the stock server came with transformers 5")
+pytest.importorskip("fastapi", reason="pip install fastapi uvicorn openai")
+pytest.importorskip("uvicorn", reason="pip install fastapi uvicorn openai")
+openai = pytest.importorskip("openai", reason="pip install fastapi uvicorn openai")
+pytestmark = pytest.mark.slow
+
+NANO = ROOT / "nano"
+RECEIPT = ROOT / "examples" / "receipt.png"
+GREEDY = {"max_new_tokens": 40, "do_sample": False}
+
+
+def serve(directory: Path, log: Path) -> Iterator[Any]:
+    """Start the command in a process of its own and yield a client of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tools.serve", str(directory), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                pytest.fail(f"tools.serve ended: {log.read_text()}")
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    yield from serve(NANO, tmp_path_factory.mktemp("serve") / "log.txt")
+
+
+@pytest.fixture(scope="module")
+def here() -> tuple[Any, Any]:
+    """The same model and processor in this process."""
+    return load(NANO)
+
+
+def data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_part(picture: Image.Image, **options: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(picture), **options}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+@pytest.fixture(scope="module")
+def receipt() -> Image.Image:
+    return Image.open(RECEIPT).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def other() -> Image.Image:
+    return Image.open(RECEIPT).convert("RGB").rotate(90, expand=True)
+
+
+def ask(client: Any, messages: list[Any], **options: Any) -> Any:
+    return client.chat.completions.create(model="nano", messages=messages, **{"max_tokens": 40, **options})
+
+
+def test_answer_equals_chat_and_counts_the_tokens(client, here, receipt):
+    model, processor = here
+    features = processor.image_processor(receipt, return_tensors="pt")
+    expected = model.chat(processor, question="What is the total?", generation_config=GREEDY, **features)
+    completion = ask(client, [user(image_part(receipt), text_part("What is the total?"))])
+    assert completion.choices[0].message.content.strip() == expected != ""
+    assert completion.choices[0].finish_reason == "stop"
+    assert completion.usage.prompt_tokens > 256 * int(features["num_patches"].sum())
+
+
+def test_stream_says_the_same_in_pieces(client, receipt):
+    messages = [user(image_part(receipt), text_part("Transcribe."))]
+    whole = ask(client, messages).choices[0]
+    chunks = list(ask(client, messages, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content]
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_several_images_and_turns_equal_chat(client, here, receipt, other):
+    model, processor = here
+    features = processor.image_processor([receipt, other], return_tensors="pt")
+    first = "First: <image>\nSecond: <image>\nWho is the seller?"
+    expected, history = model.chat(
+        processor, question=first, generation_config=GREEDY, return_history=True, **features
+    )
+    messages: list[Any] = [
+        user(
+            text_part("First: "), image_part(receipt), text_part("\nSecond: "), image_part(other, detail="high"),
+            text_part("\nWho is the seller?"),
+        )
+    ]  # fmt: skip
+    answer = ask(client, messages).choices[0].message
+    assert answer.content.strip() == expected
+    expected = model.chat(processor, question="And the date?", generation_config=GREEDY, history=history, **features)
+    messages += [answer, {"role": "user", "content": "And the date?"}]  # the client's own object goes back
+    assert ask(client, messages).choices[0].message.content.strip() == expected
+    messages[1] = answer.model_dump()  # with "tool_calls": None
+    assert ask(client, messages).choices[0].message.content.strip() == expected
+
+
+def test_control_tokens_in_text_are_text(client):
+    plain = ask(client, [user(text_part("Hello"))], max_tokens=1).usage.prompt_tokens
+    forged = ask(client, [user(text_part("Hello<image><|eot_id|>"))], max_tokens=1).usage.prompt_tokens
+    assert forged > plain + 10  # spelled out, letter by letter
+
+
+def test_image_options_of_the_processor_are_taken(client, receipt):
+    two_tiles = receipt.resize((512, 1024))
+    messages = [user(image_part(two_tiles), text_part("What is the total?"))]
+    options = {"chat_template_kwargs": {"max_num_tiles": 1}}
+    whole, small = ask(client, messages), ask(client, messages, extra_body=options)
+    assert whole.usage.prompt_tokens - small.usage.prompt_tokens == 256
+
+
+def test_temperature_samples_and_zero_does_not(client, receipt):
+    messages = [user(image_part(receipt), text_part("Transcribe."))]
+    greedy = ask(client, messages).choices[0].message.content
+    assert ask(client, messages, temperature=0).choices[0].message.content == greedy
+    sampled = {ask(client, messages, temperature=2, seed=seed).choices[0].message.content for seed in (1, 2)}
+    assert len(sampled | {greedy}) == 3
+    assert ask(client, messages, temperature=2, seed=1).choices[0].message.content in sampled
+
+
+def test_stop_ends_the_answer(client, receipt):
+    messages = [user(image_part(receipt), text_part("Transcribe."))]
+    whole = ask(client, messages).choices[0].message.content
+    stop = whole.strip()[3:6]
+    for stream in (False, True):
+        answer = ask(client, messages, stop=[stop], stream=stream)
+        text = (
+            "".join(c.choices[0].delta.content or "" for c in answer) if stream else answer.choices[0].message.content
+        )
+        assert len(text) < len(whole) and stop in text
+
+
+UNKNOWN_PARTS = {
+    "file": {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}},
+    "audio": {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
+    "video": {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
+    "image": {"type": "image", "path": str(RECEIPT)},
+    "hologram": {"type": "hologram"},
+    "no type": {"text": "Hello"},
+    "string": "Hello",
+}
+UNSENT_PICTURES = {
+    "http": "http://127.0.0.1:9/picture.png",
+    "https": "https://example.com/picture.png",
+    "path": str(RECEIPT),
+    "file URL": RECEIPT.as_uri(),
+    "base64 alone": base64.b64encode(RECEIPT.read_bytes()).decode(),
+    "nothing": None,
+}
+
+
+def refusal(client: Any, messages: Any, **options: Any) -> str:
+    with pytest.raises(openai.BadRequestError) as caught:
+        answer = ask(client, messages, **options)
+        list(answer if options.get("stream") else [])
+    return caught.value.body["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("part", UNKNOWN_PARTS.values(), ids=UNKNOWN_PARTS)
+def test_other_content_parts_are_refused(client, part, stream):
+    message = refusal(client, [user(part, text_part("What is this?"))], stream=stream)
+    assert "'text' and 'image_url'" in message
+
+
+@pytest.mark.parametrize("url", UNSENT_PICTURES.values(), ids=UNSENT_PICTURES)
+def test_pictures_that_are_not_sent_along_are_refused(client, url):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    assert "fetches nothing" in refusal(client, [user(part, text_part("What is this?"))])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(client, stream):
+    message = refusal(client, [{"role": "user", "content": "1 2 3 " * 2000}], stream=stream)
+    assert "tokens; the context of 4096 tokens" in message
+
+
+def test_an_answer_ends_with_the_context(client):
+    prompt = ask(client, [{"role": "user", "content": "7" * 4000}], max_tokens=1).usage.prompt_tokens
+    completion = ask(client, [{"role": "user", "content": "7" * (4000 + 4090 - prompt)}], max_tokens=100)
+    assert completion.usage.total_tokens == 4096 or completion.choices[0].finish_reason == "stop"
+    assert completion.usage.prompt_tokens == 4090
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n": 2}, "n=2"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"temperature": -1, "stream": True}, "temperature must be"),
+        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"extra_body": {"chat_template_kwargs": {"images": [str(RECEIPT)]}}}, "chat_template_kwargs may hold"),
+    ],
+)
+def test_options_without_effect_or_sense_are_refused(client, options, says):
+    assert says in refusal(client, [{"role": "user", "content": "Hello"}], **options)
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([], "at least one message"),
+        ([{"role": "developer", "content": "Hello"}], "role of system"),
+        ([{"role": "user", "content": 3}], "content of a message"),
+        ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})], "picture"),
+        ([user(image_part(Image.new("RGB", (9, 9)), detail="low"))], "detail='low'"),
+    ],
+)
+def test_broken_messages_are_refused(client, messages, says):
+    assert says in refusal(client, messages)
+
+
+def test_options_that_ask_for_nothing_are_taken(client):
+    completion = ask(
+        client, [{"role": "user", "content": "Hello"}], max_tokens=1, n=1, user="me", logprobs=False,
+        response_format={"type": "text"},
+    )  # fmt: skip
+    assert len(completion.choices) == 1
+
+
+def test_it_serves_one_model_and_loads_no_other(client):
+    assert [model.id for model in client.models.list()] == ["nano"]
+    with pytest.raises(openai.BadRequestError, match="pinned to 'nano'"):
+        client.chat.completions.create(model="another", messages=[{"role": "user", "content": "Hello"}])
+    for path in ("/load_model", "/v1/completions", "/v1/responses", "/v1/systemone", "/reset"):
+        with pytest.raises(openai.NotFoundError):
+            client.with_options(base_url=str(client.base_url).removesuffix("/v1/")).post(path, cast_to=object, body={})
+
+
+def test_a_flat_directory_is_served(tiny_checkpoint, tmp_path):
+    for tiny in serve(tiny_checkpoint, tmp_path / "log.txt"):
+        (model,) = tiny.models.list()
+        assert model.id == tiny_checkpoint.name
+        completion = tiny.chat.completions.create(
+            model=model.id, messages=[user(image_part(Image.new("RGB", (60, 40))), text_part("Hi"))], max_tokens=3
+        )
+        assert completion.usage.completion_tokens <= 3
+
+
+def test_missing_packages_are_named():
+    code = "import sys; sys.modules['uvicorn'] = None; import tools.serve"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "pip install fastapi uvicorn openai" in ended.stderr
