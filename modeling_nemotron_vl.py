@@ -99,7 +99,6 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _skip_keys_device_placement = ["past_key_values"]
     # The tower derives these indices from its config; some checkpoints store them as well.
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]
@@ -982,6 +981,8 @@ class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture str
 
     config: NemotronVLConfig
     config_class = NemotronVLConfig
+    # Classes that are in the model, and no others: accelerate wraps these for FSDP, and refuses a name it cannot find.
+    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
@@ -1055,6 +1056,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod

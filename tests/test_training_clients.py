@@ -9,7 +9,6 @@ What needs an optional package skips where it is absent. To run all of it, in an
 import copy
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,12 @@ import torch
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, Trainer, TrainingArguments
 
+from tests import two_processes
 from tools import ROOT
 from training.batches import IGNORE
 from training.conversations import Collator
@@ -138,6 +140,41 @@ def test_trainer_trains_evaluates_and_saves(tiny_checkpoint, model, processor, b
     NemotronVLProcessor.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_train_like_one(tiny_checkpoint, processor, tmp_path):
+    """accelerate's FSDP2 over gloo; see two_processes.py."""
+    script = "import sys, tools; from tests.two_processes import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    output = tmp_path / "trained.safetensors"
+    run = subprocess.run(
+        [*command, sys.executable, "-c", script, str(tiny_checkpoint), str(output)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    with safe_open(output, "pt") as file:
+        found = file.metadata()
+    weights = load_file(output)
+    assert found["sharded"] == "True"
+    assert {"FSDPLlamaDecoderLayer", "FSDPRADIOBlock", "FSDPRADIOPatchGenerator"} <= set(found["shards"].split(","))
+
+    collator = Collator(processor, max_length=2048)
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=two_processes.LEARNING_RATE)
+    pairs = [(2 * step, 2 * step + 1) for step in range(two_processes.STEPS)]
+    batches = [collator([two_processes.conversation(number) for number in pair]) for pair in pairs]
+    losses = two_processes.train(model, optimizer, batches, lambda loss: loss.backward())
+    assert losses[-1] < losses[0]
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    asked = two_processes.question(processor, 0)
+    generated = model.eval().generate(**asked, **two_processes.GREEDY)[0].tolist()
+    assert found["generated"] == ",".join(map(str, generated))
+
+
 # --- TRL ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +282,13 @@ def test_grpo_generates_scores_and_learns(tiny_checkpoint, processor, tmp_path, 
     trainer = trl.GRPOTrainer(
         model=str(tiny_checkpoint),
         args=arguments(
-            tmp_path, trl.GRPOConfig, num_generations=2, max_completion_length=6, beta=beta, learning_rate=1e-2, **options
+            tmp_path,
+            trl.GRPOConfig,
+            num_generations=2,
+            max_completion_length=6,
+            beta=beta,
+            learning_rate=1e-2,
+            **options,
         ),
         reward_funcs=reward,
         processing_class=plain,
@@ -301,7 +344,8 @@ def test_whole_modules_train_beside_lora(tiny_checkpoint, batch, tmp_path, dtype
 def test_adapters_are_saved_loaded_and_merged(tiny_checkpoint, processor, batch, tmp_path):
     peft = needs("peft")
     base = AutoModel.from_pretrained(tiny_checkpoint, trust_remote_code=True)
-    model = adapted(base, target_modules="all-linear", modules_to_save=["mlp1"]).eval()
+    # task_type lets AutoPeftModel find the base; without it PEFT wants to import the class by its module's name.
+    model = adapted(base, target_modules="all-linear", modules_to_save=["mlp1"], task_type="CAUSAL_LM").eval()
     expected = model(**batch).logits
     plain = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
     assert not torch.allclose(expected, plain(**batch).logits, atol=0.1)  # the adapters do something
