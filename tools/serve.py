@@ -1,7 +1,7 @@
 """Serve a checkpoint to OpenAI clients: the stock `transformers serve`, taught to load this model.
 
-    pip install "nemotron-vl[serve]"    # or: pip install fastapi uvicorn openai
-    python -m tools.serve               # nano, on http://localhost:8000/v1
+    pip install fastapi uvicorn openai  # the extra `serve`
+    python -m tools.serve  # nano, on http://localhost:8000/v1
     python -m tools.serve path/to/8b --device cuda --port 8080
 
 `POST /v1/chat/completions` takes text and `image_url` parts with a `data:` URL, and streams; `GET /v1/models` names the
