@@ -1,6 +1,7 @@
 """Prompts: placeholders become image runs, text stays data, batches are padded on the left."""
 
 import base64
+import copy
 import io
 import json
 
