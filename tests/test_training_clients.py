@@ -2,7 +2,7 @@
 
 What needs an optional package skips where it is absent. To run all of it, in an environment of its own:
 
-    pip install -r requirements-dev.txt -e ".[train]" bitsandbytes
+    pip install -r requirements-dev.txt -e ".[train]"
     python -m pytest -q tests/test_training_clients.py
 """
 
@@ -36,7 +36,7 @@ ALL_LINEAR = TEXT_LINEAR | TOWER_LINEAR | {"1", "3"}  # mlp1.1 and mlp1.3
 
 def needs(package: str) -> ModuleType:
     """Import an optional package, or skip the test."""
-    return pytest.importorskip(package, reason=f"{package} is absent: pip install 'nemotron-vl[train]' bitsandbytes")
+    return pytest.importorskip(package, reason=f"{package} is absent: pip install -e '.[train]'")
 
 
 def picture(number: int) -> Image.Image:
