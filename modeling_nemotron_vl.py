@@ -95,7 +95,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = ""  # no weight has a prefix; `base_model` is the model without its head
+    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
