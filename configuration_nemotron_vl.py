@@ -319,7 +319,7 @@ class RADIOConfig(PretrainedConfig):
         """Count class and register tokens the way C-RADIO derives them from its teachers."""
         teachers = self.args.get("teachers")
         args_cls_tokens, args_summary_idxs = None, None
-        if self.args.get("cls_token_per_teacher") is False:
+        if not self.args.get("cls_token_per_teacher", True):  # null counts as false, as in the published code
             args_cls_tokens, args_summary_idxs = 1, [0]
         elif teachers:
             names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
@@ -548,7 +548,12 @@ class NemotronVLConfig(PretrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         hub_names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError) as error:  # of an entry that is no dict
+            raise ValueError(f"The config.json of {pretrained_model_name_or_path} is damaged: {error}.") from error
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"The config.json of {pretrained_model_name_or_path} holds no dict.")
         names = ("img_context_token_id", "image_context_token_id", "image_token_id")
         if config_dict and all(config_dict.get(name) is None for name in names):
             config_dict["img_context_token_id"] = read_image_token_id(pretrained_model_name_or_path, **hub_kwargs)

@@ -15,6 +15,7 @@ import copy
 import inspect
 import io
 import math
+import operator
 import os
 import struct
 import zlib
@@ -102,7 +103,9 @@ def select_tile_grid(
 
     Raises:
         ValueError: if a side is not positive.
+        TypeError: if a side is no whole number.
     """
+    height, width = operator.index(height), operator.index(width)  # the area of NumPy's int32 would overflow
     if height < 1 or width < 1:
         raise ValueError(f"A picture needs at least 1x1 pixels, got height={height}, width={width}.")
     height, width = upscale * height, upscale * width
@@ -188,7 +191,7 @@ def load_picture(
     """
     if isinstance(image, (np.ndarray, torch.Tensor)):
         picture = _array_to_rgb(image, do_convert_rgb, input_data_format)
-    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(image, "read"):
         try:
             picture = _decode(image) if isinstance(image, Image.Image) else _decode_file(image)
             picture = _pil_to_rgb(picture, do_convert_rgb)
@@ -200,8 +203,8 @@ def load_picture(
             ) from error
     else:
         raise TypeError(
-            f"A picture is a PIL image, a NumPy array, a torch tensor, a path, the bytes or the base64 text of a "
-            f"picture file, or a list of those; got {type(image).__name__}."
+            f"A picture is a PIL image, a NumPy array, a torch tensor, a path, a file opened in binary mode, the bytes "
+            f"or the base64 text of a picture file, or a list of those; got {type(image).__name__}."
         )
     _check_size(*_picture_size(picture))
     return picture
@@ -227,8 +230,8 @@ def _decode(image: Image.Image) -> Image.Image:
     return image
 
 
-def _decode_file(source: str | os.PathLike | bytes | bytearray | memoryview) -> Image.Image:
-    """Decode a path, `file:` or `data:` URL, base64 text or bytes; first frame, turned upright by its EXIF tag."""
+def _decode_file(source: Any) -> Image.Image:
+    """Decode a path, `file:` or `data:` URL, base64 text, bytes or file object; first frame, upright by its EXIF tag."""
     if isinstance(source, str):
         if source.startswith(("http://", "https://")):
             raise ValueError("pictures are not fetched from the network; download it and pass the path or the bytes")
@@ -242,7 +245,26 @@ def _decode_file(source: str | os.PathLike | bytes | bytearray | memoryview) -> 
                 raise ValueError("it is neither an existing file nor base64 text") from error
     if isinstance(source, str | os.PathLike) and not os.path.isfile(source):  # a pipe or device would never end
         raise ValueError("there is no such file")
-    with Image.open(source if isinstance(source, str | os.PathLike) else io.BytesIO(source)) as image:
+    if hasattr(source, "read"):
+        return _decode_open_file(source)
+    return _decode_upright(source if isinstance(source, str | os.PathLike) else io.BytesIO(source))
+
+
+def _decode_open_file(file: Any) -> Image.Image:
+    """Decode a file object from its start, and leave its position as it was."""
+    if not isinstance(file.read(0), bytes):
+        raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")
+    if not file.seekable():  # a pipe or socket might never end
+        raise ValueError("the file is a stream that cannot be read twice; pass what it held: file.read()")
+    position = file.tell()
+    try:
+        return _decode_upright(file)
+    finally:
+        file.seek(position)
+
+
+def _decode_upright(file: Any) -> Image.Image:
+    with Image.open(file) as image:
         ImageOps.exif_transpose(_decode(image), in_place=True)
     return image
 
@@ -425,9 +447,10 @@ class NemotronVLImageProcessor(BaseImageProcessor):
       on white. I;16 is read as 0..65535; I too, or as 0..255 if nothing is above 255; F as 0..1, or as 0..255 if
       something is above 1. An image that was not decoded yet is decoded here, so decode it before sharing it
       between threads.
-    * Files: a path, a `file:` or `data:` URL, base64 text or bytes. First frame, turned upright by the EXIF
-      orientation, as transformers' own `load_image` does. Nothing is fetched from the network, EPS is not run;
-      Pillow's limit on the number of pixels and ours of 100,000 on a side hold before anything is decoded.
+    * Files: a path, a `file:` or `data:` URL, base64 text, bytes, or a file object (binary and seekable; it is read
+      from its start, its position stays). First frame, turned upright by the EXIF orientation, as transformers' own
+      `load_image` does. Nothing is fetched from the network, EPS is not run; Pillow's limit on the number of pixels
+      and ours of 100,000 on a side hold before anything is decoded.
     * NumPy arrays and torch tensors `(H, W)`, `(H, W, C)` or `(C, H, W)`, also batched in four dimensions, with 1, 3
       or 4 channels (RGBA); uint8 in 0..255 or float in 0..1. Shapes that can be read either way need
       `input_data_format`.
@@ -487,7 +510,9 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         self.device = device
         self.patch_size = patch_size
         self.downsample_ratio = downsample_ratio
-        self._options({})
+        checked = self._options({})
+        for name in WHOLE_NUMBERS:
+            setattr(self, name, checked[name])
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """See `preprocess`."""
@@ -585,9 +610,21 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         if unknown:
             raise TypeError(f"Unknown options {unknown} for {type(self).__name__}. It knows {sorted(OPTIONS)}.")
         options = {name: given.get(name, getattr(self, name)) for name in OPTIONS}
+        options |= {name: _whole_number(name, options[name]) for name in WHOLE_NUMBERS}
         _check_options(options)
         options["device"] = torch.device(options["device"] or "cpu")
         return options
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read preprocessor_config.json as transformers does, and say so if it holds something else than a dict."""
+        try:
+            values, unused = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"The preprocessor_config.json of {pretrained_model_name_or_path} is damaged.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"The preprocessor_config.json of {pretrained_model_name_or_path} holds no dict.")
+        return values, unused
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -610,6 +647,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         """
         saved = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "device"}
         saved = {name: value for name, value in saved.items() if value is not None or name not in OPTIONS}
+        saved |= {name: _whole_number(name, saved[name]) for name in WHOLE_NUMBERS}  # may be set on the object, too
         own_code = {"AutoImageProcessor": "image_processing.NemotronVLImageProcessor"}
         saved["auto_map"] = {**own_code, **saved.get("auto_map", {})}  # a processor adds its own entry while saving
         return {n: list(value) if isinstance(value, tuple) else copy.deepcopy(value) for n, value in saved.items()}
@@ -617,17 +655,25 @@ class NemotronVLImageProcessor(BaseImageProcessor):
 
 OPTIONS = tuple(inspect.signature(NemotronVLImageProcessor).parameters)[:-1]  # all but **kwargs
 TILING_OPTIONS = ("image_size", "max_num_tiles", "use_thumbnail", "upscale")
+WHOLE_NUMBERS = ("image_size", "max_num_tiles", "upscale", "patch_size")
 
 
 def _pixels_per_token(options: dict[str, Any]) -> int:
     return options["patch_size"] * round(1 / options["downsample_ratio"])
 
 
+def _whole_number(name: str, value: Any) -> int:
+    """Return an int for what stands for one, NumPy's integers included; True and False do not."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:  # the same answer
+        pass
+    raise TypeError(f"{name} must be an int, got {value!r}.")
+
+
 def _check_options(options: dict[str, Any]) -> None:
     """Raise TypeError or ValueError for options that cannot be honoured."""
-    for name in ("image_size", "max_num_tiles", "upscale", "patch_size"):
-        if type(options[name]) is not int:
-            raise TypeError(f"{name} must be an int, got {options[name]!r}.")
     for name in ("use_thumbnail", "do_rescale", "do_normalize", "do_convert_rgb"):
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")

@@ -10,7 +10,7 @@ architectures, state what each has of its own.
 import contextlib
 import copy
 import importlib.util
-import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
 from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
-from .radio_model import RADIOModel, RADIOModelOutput
+from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
@@ -91,7 +91,7 @@ def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
     return blocks.reshape(num_tiles, merged_height, merged_width, merge_size**2 * hidden_size)
 
 
-class NemotronVLPreTrainedModel(PreTrainedModel):
+class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
@@ -116,42 +116,24 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
     ) -> "NemotronVLPreTrainedModel":
         """Load a checkpoint; in addition to what transformers does, no weight may be missing or left over.
 
-        Only safetensors files are read: a pickle can run any code while it is loaded.
-
         Args:
             pretrained_model_name_or_path: directory or Hub id in NVIDIA's layout.
             use_flash_attn: what InternVL clients pass; True asks for flash_attention_2 where it is installed.
             args, kwargs: as for `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
-                of weights is damaged, or the index names files outside the directory.
-            OSError: if files are absent.
+            ValueError, OSError: see `StrictPreTrainedModel.from_pretrained`.
         """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
-            )
-        _check_index(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if kwargs.pop("use_flash_attn", False) and "attn_implementation" not in kwargs:
             if is_flash_attn_2_available():
                 kwargs["attn_implementation"] = "flash_attention_2"
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
-        wants_info = kwargs.pop("output_loading_info", False)
+        check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
-        # The caller who asks for the loading info judges it himself.
-        if problems and not wants_info:
-            shown = "; ".join(
-                f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
-            )
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
-                "download is incomplete, or its config.json belongs to another checkpoint."
-            )
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if dequantization is not None:
             dequantization.finish(model)
         subfolder = kwargs.get("subfolder")
@@ -160,7 +142,7 @@ class NemotronVLPreTrainedModel(PreTrainedModel):
             with contextlib.suppress(OSError):  # there is none
                 folder = os.path.join(pretrained_model_name_or_path, subfolder)
                 model.generation_config = GenerationConfig.from_pretrained(folder)
-        return (model, info) if wants_info else model
+        return loaded
 
 
 class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
@@ -283,7 +265,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             pixel_values = pixel_values[flags]
         if len(pixel_values) == 0:
             return BaseModelOutputWithPooling(pooler_output=())
-        batches = pixel_values.split(self.config.vision_batch_size or len(pixel_values))
+        batches = pixel_values.split(self._vision_batch_size(len(pixel_values)))
         towers, projected = zip(*(self._encode_tiles(batch, **kwargs) for batch in batches), strict=True)
         features = _join(projected)
         tokens_per_tile = features.shape[1]
@@ -294,6 +276,14 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             hidden_states=_join_layers([tower.hidden_states for tower in towers]),
             attentions=_join_layers([tower.attentions for tower in towers]),
         )
+
+    def _vision_batch_size(self, num_tiles: int) -> int:
+        size = self.config.vision_batch_size  # may have been set on the config after loading
+        if size is None:
+            return num_tiles
+        if isinstance(size, bool) or operator.index(size) < 1:
+            raise ValueError(f"config.vision_batch_size must be a whole number above 0, or None, got {size!r}.")
+        return operator.index(size)
 
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
@@ -900,21 +890,6 @@ def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) 
         raise ValueError(f"{name} must be a tensor {layout}{wanted}, got the shape {tuple(tensor.shape)}.")
 
 
-def _check_index(pretrained_model_name_or_path: str | os.PathLike | None, subfolder: str) -> None:
-    """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
-    for index in Path(str(pretrained_model_name_or_path), subfolder).glob("*.safetensors.index*.json"):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        for file in files:
-            # A file of another suffix would be opened as a pickle.
-            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
-            if not plain or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{index} must name safetensors files that lie beside it, but names {file!r}. Download it again."
-                )
-
-
 def _num_cached(past_key_values: Any | None) -> int:
     """Positions that a cache already holds."""
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -981,7 +956,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture str
 
     config: NemotronVLConfig
     config_class = NemotronVLConfig
-    # Classes that are in the model, and no others: accelerate wraps these for FSDP, and refuses a name it cannot find.
+    # Sharders refuse a name that no module has, so each member names its own blocks.
     _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
     @staticmethod

@@ -9,7 +9,9 @@ image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` 
 """
 
 import bisect
+import inspect
 import json
+import math
 import operator
 import os
 import re
@@ -24,7 +26,12 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+    get_json_schema,
+    render_jinja_template,
+)
 
 from .image_processing import OPTIONS as IMAGE_OPTIONS
 from .image_processing import NemotronVLImageProcessor
@@ -33,6 +40,9 @@ try:
     from jinja2 import TemplateError
 except ImportError:  # transformers says what to install when a template is rendered
     TemplateError = ValueError
+
+# What a chat template may raise, besides ValueError and TypeError.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +53,7 @@ IMAGE_END_TOKEN = "</img>"
 # Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
 MAX_NESTING = 100  # levels of lists and dicts in messages and tools
+MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
 TEXT_OPTIONS = (
     "padding",
@@ -100,32 +111,38 @@ class ControlTokenGuard:
         if not self.marker:
             raise ValueError("The text uses all 65,534 private characters of Unicode's plane 15; one must be free.")
         tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        # One character where a token starts, ahead of which the token stands: tokens may overlap. (?!) matches nothing.
+        self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, tokens)) or '(?!)'}))(.)", re.DOTALL)
 
     def protect(self, data: Any, keep_image_token: bool = False) -> Any:
         """Return `data` with a marker after the first character of every control token in its strings.
 
         Args:
-            data: a string, or nested dicts and lists of strings; other values pass unchanged. Templates write the
-                keys of dicts (the parameters of a tool) as they write values, so these are text as well.
+            data: a string, or nested dicts and lists of strings and numbers. Templates write the keys of dicts (the
+                parameters of a tool) as they write values, so these are text as well.
             keep_image_token: leave `<image>` whole: it is a placeholder here.
+
+        Raises:
+            TypeError: for other objects: what a template makes of them cannot be protected.
         """
         if isinstance(data, str):
-            return (
-                self._pattern.sub(lambda match: self._split(match.group(), keep_image_token), data)
-                if self._pattern
-                else data
-            )
+            data = str.__str__(data)  # a subclass, such as markupsafe's, may change what is joined to it
+            return self._pattern.sub(lambda match: self._split(*match.groups(), keep_image_token), data)
         if isinstance(data, dict):
+            if not all(isinstance(key, str) for key in data):
+                raise TypeError(f"The keys of messages and tools must be strings, got {list(data)!r:.80}.")
             return {self.protect(key): self.protect(value, keep_image_token) for key, value in data.items()}
         if isinstance(data, (list, tuple)):
             return [self.protect(item, keep_image_token) for item in data]
-        return data
+        if data is None or isinstance(data, (bool, int, float)):
+            return data
+        raise TypeError(
+            f"Messages, tools and variables of the template hold strings, numbers, lists and dicts, got {data!r:.80} of "
+            f"type {type(data).__name__}. Convert it, an object of a client library with its model_dump()."
+        )
 
-    def _split(self, token: str, keep_image_token: bool) -> str:
-        if keep_image_token and token == IMAGE_TOKEN:
-            return token
-        return token[0] + self.marker + token[1:]
+    def _split(self, token: str, start: str, keep_image_token: bool) -> str:
+        return start if keep_image_token and token == IMAGE_TOKEN else start + self.marker
 
 
 def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> list[str | int]:
@@ -266,7 +283,7 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise TypeError(f"A text part needs a string under 'text', got {part!r:.80}.")
-            piece = part["text"]
+            piece = str.__str__(part["text"])  # as in ControlTokenGuard.protect
         elif kind in ("image", "image_url"):
             piece = IMAGE_TOKEN
         else:
@@ -352,6 +369,7 @@ def build_chat_prompts(
     tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
     prompts, first_tile = [], 0
     for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
+        text = str.__str__(text)  # as in ControlTokenGuard.protect
         if not pairs and IMAGE_TOKEN not in text:
             text = f"{IMAGE_TOKEN}\n" * len(tile_counts) + text
         spans = []
@@ -395,13 +413,15 @@ def _encode_chat(
     ]
     try:
         rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except TEMPLATE_ERRORS as error:
         raise ValueError(f"The tokenizer's chat template refuses these messages: {error}") from error
     ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
     return ids, rendered.replace(guard.marker, "")
 
 
 def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
+    if not isinstance(system_prompt, str | None):
+        raise TypeError(f"system_prompt must be a string or None, got {system_prompt!r:.80}.")
     messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
     for earlier_question, answer in pairs:
         messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
@@ -492,6 +512,16 @@ class NemotronVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Read processor_config.json as transformers does, and say so if it holds something else than a dict."""
+        try:
+            return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"The processor files of {pretrained_model_name_or_path} are damaged: {error}. Download them again."
+            ) from error
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:
         """Load both halves by our own classes: an `auto_map` in their files is never followed."""
         kwargs.pop("trust_remote_code", None)
@@ -502,7 +532,7 @@ class NemotronVLProcessor(ProcessorMixin):
         )
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError, ImportError) as error:  # ImportError: 4.57 then looks for sentencepiece
+        except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
             raise OSError(
                 f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
                 "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
@@ -647,8 +677,9 @@ class NemotronVLProcessor(ProcessorMixin):
         return_mm_token_type_ids: bool = False,
     ) -> tuple[dict[str, Any], list[list[int]]]:
         for name, value in {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}.items():
-            if value is not None and operator.index(value) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            largest = math.inf if name == "max_length" and padding != "max_length" else MAX_PADDING
+            if value is not None and not 1 <= operator.index(value) <= largest:
+                raise ValueError(f"{name} must be in 1..{largest}, got {value}.")
         padding_side = padding_side or self.tokenizer.padding_side
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
@@ -733,6 +764,7 @@ class NemotronVLProcessor(ProcessorMixin):
         if unknown:
             raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
+        tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
         flattened = [_flatten_conversation(messages, guard) for messages in conversations]
         if guard:
@@ -748,7 +780,7 @@ class NemotronVLProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 **{**self.tokenizer.special_tokens_map, **variables},
             )
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(f"The chat template refuses this conversation: {error}") from error
         if guard is None:
             return prompts if batched else prompts[0]
@@ -832,6 +864,18 @@ def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
         list(group) if isinstance(group, (list, tuple)) else [] if group is None else [group] for group in images
     ]
     return [image for group in groups for image in group], [len(group) for group in groups]
+
+
+def _tool_schemas(tools: Any) -> Any:
+    """Describe the Python functions among the tools in JSON, as transformers does, so that their text can be protected."""
+    if not isinstance(tools, (list, tuple)):
+        return tools
+    try:
+        return [
+            get_json_schema(tool) if inspect.isfunction(tool) or inspect.ismethod(tool) else tool for tool in tools
+        ]
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"A function among the tools cannot be described: {error}") from error
 
 
 def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:

@@ -5,12 +5,18 @@ work. Module names are those of the published weights (`radio_model.model.blocks
 serves as `vision_model` of the VLM and, through `AutoModel`, for a stand-alone C-RADIO checkpoint directory.
 """
 
+import copy
+import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -27,6 +33,8 @@ except ImportError:  # transformers 4.57 has the same decorator under its first 
 # Crops of the position table that C-RADIO was trained with: side as a share of the table, width over height.
 CROP_SIDES = (math.sqrt(0.1), 1.0)
 CROP_ASPECTS = (3 / 4, 4 / 3)
+
+MOST_PARAMETERS_PER_BYTE = 2  # of a weight file: packed in 4 bits
 
 
 @dataclass
@@ -280,7 +288,87 @@ class RADIOConditionedTransformer(nn.Module):
         return self.model(self.input_conditioner(pixel_values), **kwargs)
 
 
-class RADIOModel(PreTrainedModel):
+class StrictPreTrainedModel(PreTrainedModel):
+    """Loads a checkpoint as a whole or not at all, and from safetensors files alone; the VLM does so as well."""
+
+    # What loading reports and does not forgive.
+    _refused_on_load = ("missing_keys", "unexpected_keys")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> "StrictPreTrainedModel":
+        """Load a checkpoint; in addition to what transformers does, the weights must be those of this model.
+
+        Only safetensors files are read: a pickle can run any code while it is loaded.
+
+        Args:
+            pretrained_model_name_or_path: directory or Hub id.
+            args, kwargs: as for `PreTrainedModel.from_pretrained`. With `output_loading_info=True` the caller judges
+                missing and left-over weights himself.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
+                of weights is damaged, or the index names files outside the directory.
+            OSError: if files are absent.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
+            )
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
+        check_index(folder)
+        if (folder / "config.json").is_file():
+            cls._check_size(folder, kwargs.get("config"))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
+        if problems and not wants_info:
+            shown = "; ".join(
+                f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
+            )
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
+                "download is incomplete, or its config.json belongs to another checkpoint."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _check_size(cls, folder: Path, config: PretrainedConfig | str | os.PathLike | None) -> None:
+        """Raise if the files in `folder` are far too small for the model: what they lack would be allocated first."""
+        if not isinstance(config, PretrainedConfig):
+            config = cls.config_class.from_pretrained(folder if config is None else config)
+        config = copy.deepcopy(config)  # a model writes into its config
+        config._attn_implementation = "eager"  # nothing will run
+        with torch.device("meta"):
+            num_parameters = cls(config).num_parameters()
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if 0 < num_bytes < num_parameters / MOST_PARAMETERS_PER_BYTE:
+            raise ValueError(
+                f"{folder / 'config.json'} describes a model of {num_parameters} parameters, but the weights beside it "
+                f"have only {num_bytes} bytes. The download is incomplete, or the config belongs to another checkpoint."
+            )
+
+
+def check_index(folder: Path) -> None:
+    """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
+    for index in folder.glob("*.safetensors.index*.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content = content if isinstance(content, dict) else {}
+        if not isinstance(content.get("metadata"), dict):  # transformers asks for it
+            raise ValueError(f"{index} is no index of weights: it has no 'metadata'. Download it again.")
+        weight_map = content.get("weight_map")
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        for file in files:
+            # A file of another suffix would be opened as a pickle.
+            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
+            if not plain or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index} must name safetensors files that lie beside it, but names {file!r}. Download it again."
+                )
+
+
+class RADIOModel(StrictPreTrainedModel):
     """The C-RADIOv2 tower, inside the VLM or on its own.
 
     Positions in training are those of inference unless `config.random_position_crop` is set; nothing else differs
@@ -294,7 +382,10 @@ class RADIOModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RADIOPatchGenerator", "RADIOBlock"]
+    # A VLM around the tower, or heads for its teachers, are left where they are.
+    _refused_on_load = ("missing_keys",)
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]  # a constant of the config
+    _keys_to_ignore_on_load_missing = [r"input_conditioner\.norm_(mean|std)$"]  # the config has them, too
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -359,7 +450,7 @@ class RADIOModel(PreTrainedModel):
         hidden_states = self.radio_model(pixel_values, **kwargs)
         num_patches = pixel_values.shape[-2] * pixel_values.shape[-1] // self.config.patch_size**2
         return RADIOModelOutput(
-            summary=torch.cat([hidden_states[:, index] for index in self.config.summary_idxs], dim=-1),
+            summary=hidden_states[:, self.config.summary_idxs].flatten(1),
             features=hidden_states[:, -num_patches:],
             last_hidden_state=hidden_states,
         )

@@ -3,7 +3,8 @@
     python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
 Each held-out document is drawn as a picture, goes through the checkpoint's own processor, and is asked one thing
-through `model.chat()`, greedy. The tasks take turns. Values are never those of training; half of the pictures use fonts
+through `model.chat()`, greedy. The tasks take turns; after all documents, one in ten more are asked about as the last of three
+questions ("follow-up", over the checkpoint's own earlier answers) or are two tiles long ("long"). Values are never those of training; half of the pictures use fonts
 and half of the pages a layout that training has not seen, and three in ten questions a phrasing. The last line of the
 output is one JSON object.
 """
@@ -14,7 +15,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,32 +24,36 @@ from PIL import Image
 
 from evaluation import ROOT
 from tools.chat import load
-from training.documents import KINDS, NUM_LAYOUTS, document
+from training.documents import KINDS, LONG_KINDS, NUM_LAYOUTS, document
 from training.drawing import FONTS, draw, random_style, require_fonts
-from training.questions import Asker, Conversation, Turn, compare, text_only
+from training.questions import Asker, Conversation, Turn, ask, compare, text_only
 
 SPLIT = "heldout"
 TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
 TASKS += ("transcription", "html", "compare", "compare", "text")
+# Asked after the documents of the tasks above, whose seeds and numbers stay what they are.
+FURTHER_TASKS = ("follow-up", "long")
 MAX_NEW_TOKENS = {"transcription": 320, "html": 400}
 
 
 @dataclass
 class Question:
-    """One thing asked; `page` describes what makes it hard."""
+    """One thing asked, after the questions `earlier`; kind and flags say what makes it hard."""
 
     turn: Turn
     pictures: list[Image.Image]
     kind: str
     seen_font: bool
     seen_layout: bool
+    earlier: list[str] = field(default_factory=list)
 
 
 def batches(questions: list[Question], batch_size: int) -> Iterator[list[Question]]:
-    """Batches of questions with equally many pictures and like limits of the answer's length."""
-    groups: dict[tuple[int, int], list[Question]] = defaultdict(list)
+    """Batches of questions with equally many pictures and turns, and like limits of the answer's length."""
+    groups: dict[tuple[int, int, int], list[Question]] = defaultdict(list)
     for question in questions:
-        groups[len(question.pictures), MAX_NEW_TOKENS.get(question.turn.task, 0)].append(question)
+        limit = MAX_NEW_TOKENS.get(question.turn.task, 0)
+        groups[len(question.pictures), len(question.earlier), limit].append(question)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
@@ -67,24 +72,39 @@ def edit_distance(first: str, second: str) -> int:
     return row[-1]
 
 
-def make_question(seed: int, kinds: tuple[str, ...]) -> Question:
-    """The question of a seed; its task is the seed's turn in `TASKS`."""
-    task = TASKS[seed % len(TASKS)]
+def make_questions(num_documents: int, kinds: tuple[str, ...]) -> list[Question]:
+    """Questions about `num_documents` documents in the turn of `TASKS`, and a tenth more of the further tasks."""
+    further = range(num_documents, num_documents + num_documents // 10)
+    return [make_question(seed, kinds) for seed in range(num_documents)] + [
+        make_question(seed, kinds, FURTHER_TASKS[seed % len(FURTHER_TASKS)]) for seed in further
+    ]
+
+
+def make_question(seed: int, kinds: tuple[str, ...], task: str | None = None) -> Question:
+    """The question of a seed; unless given, its task is the seed's turn in `TASKS`."""
+    task = task or TASKS[seed % len(TASKS)]
     rng = random.Random(f"evaluation {seed}")
     if task == "text":
         conversation = text_only(seed, SPLIT, 1)
     elif task == "compare":
         conversation = compare(seed, SPLIT, 1)
+    elif task == "follow-up":
+        conversation = ask(seed, SPLIT, document(1000 * seed, SPLIT, rng.choice(kinds)), 3)
+    elif task == "long":
+        page = document(1000 * seed, SPLIT, rng.choice(LONG_KINDS), num_pages=2)
+        conversation = ask(seed, SPLIT, page, 1)
     else:
         conversation = _about_one_page(task, seed, rng, kinds)
     styles = [random_style(seed + 10**6 * index, SPLIT) for index in range(len(conversation.documents))]
     pages = conversation.documents
+    last = conversation.turns[-1]
     return Question(
-        turn=conversation.turns[0],
+        turn=replace(last, task=task) if task in FURTHER_TASKS else last,
         pictures=[draw(page, style, seed) for page, style in zip(pages, styles, strict=True)],
         kind=pages[0].kind if pages else "none",
         seen_font=all(style.font in FONTS["train"] for style in styles),
         seen_layout=all(page.layout != NUM_LAYOUTS - 1 for page in pages),
+        earlier=[turn.question for turn in conversation.turns[:-1]],
     )
 
 
@@ -104,14 +124,26 @@ def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, 
 
 @torch.no_grad()
 def answer(model, processor, questions: list[Question]) -> list[str]:
-    """Greedy answers of `model.chat()` to a batch."""
+    """Greedy answers of `model.chat()` to the last question of each, after its own answers to the earlier ones."""
     pictures = [question.pictures for question in questions]
     flat = [picture for group in pictures for picture in group]
     pixels = processor.image_processor(flat, return_tensors="pt") if flat else {}
     placeholders = ["<image>\n" * len(group) for group in pictures]
-    texts = [place + question.turn.question for place, question in zip(placeholders, questions, strict=True)]
     longest = max(MAX_NEW_TOKENS.get(question.turn.task, 40) for question in questions)
-    return model.chat(processor.tokenizer, question=texts, generation_config={"max_new_tokens": longest}, **pixels)
+    turns = zip(*([*question.earlier, question.turn.question] for question in questions), strict=True)
+    history, answers = None, []
+    for texts in turns:
+        answers, history = model.chat(
+            processor.tokenizer,
+            question=list(texts)
+            if history
+            else [place + text for place, text in zip(placeholders, texts, strict=True)],
+            generation_config={"max_new_tokens": longest},
+            history=history,
+            return_history=True,
+            **pixels,
+        )
+    return answers
 
 
 def score(question: Question, given: str) -> dict[str, float]:
@@ -168,7 +200,7 @@ def main() -> None:
     require_fonts()
     model, processor = load(arguments.model)
 
-    questions = [make_question(seed, tuple(arguments.kinds)) for seed in range(arguments.documents)]
+    questions = make_questions(arguments.documents, tuple(arguments.kinds))
     rows: list[dict] = []
     started = time.monotonic()
     for batch in batches(questions, arguments.batch_size):

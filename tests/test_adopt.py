@@ -514,6 +514,12 @@ def test_a_tokenizer_of_another_checkpoint(source, capsys):
     assert "config.json's img_context_token_id is 5" in refusal(source, capsys)
 
 
+@pytest.mark.parametrize("token", [{"id": 3}, 3, {"content": None}, ["x"]])
+def test_a_special_token_without_text(source, capsys, token):
+    edit(source / "tokenizer_config.json", pad_token=token)
+    assert "a special token without text" in refusal(source, capsys)
+
+
 def test_a_tokenizer_without_image_tokens(source, capsys):
     edit(source / "config.json", img_context_token_id=NemotronVLConfig.from_pretrained(source).image_token_id)
     edit(source / "tokenizer.json", added_tokens=[{"id": 0, "content": "<|begin_of_text|>"}])

@@ -184,6 +184,23 @@ def test_missing_null_and_additional_tower_keys_are_tolerated():
     assert (config.hidden_size, config.patch_size, config.position_grid_size, config.extra) == (1280, 16, 128, 1)
 
 
+@pytest.mark.parametrize(
+    ("stated", "num_cls_tokens", "summary_idxs"),
+    [({}, 3, [0, 1]), ({"cls_token_per_teacher": True}, 3, [0, 1])]
+    + [({"cls_token_per_teacher": no}, 1, [0]) for no in (False, None, 0)],
+)
+def test_class_tokens_follow_the_teachers_unless_they_share_one(stated, num_cls_tokens, summary_idxs):
+    args = {**PUBLISHED["vision_config"]["args"], **stated}
+    config = RADIOConfig(args=args)
+    assert (config.num_cls_tokens, config.summary_idxs) == (num_cls_tokens, summary_idxs)
+    assert config.num_prefix_tokens == 8
+
+
+def test_teachers_without_a_summary_give_none():
+    config = RADIOConfig(args={"teachers": [{"name": "sam", "use_summary": False}], "register_multiple": 8})
+    assert config.summary_idxs == []
+
+
 @pytest.mark.parametrize("version, registers", [(8, 4), (16, 12), (10, 6)])
 def test_register_count_follows_register_multiple(version, registers):
     teachers = [{"name": name} for name in "abcd"]

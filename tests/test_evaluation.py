@@ -2,8 +2,19 @@
 
 from collections import Counter
 
-from evaluation.nano import TASKS, batches, edit_distance, make_question, markdown, score, summarize
-from training.documents import KINDS
+from evaluation.nano import (
+    FURTHER_TASKS,
+    TASKS,
+    answer,
+    batches,
+    edit_distance,
+    make_question,
+    make_questions,
+    markdown,
+    score,
+    summarize,
+)
+from training.documents import KINDS, ROWS_PER_PAGE
 
 
 def questions(count: int) -> list:
@@ -24,6 +35,40 @@ def test_a_seed_always_asks_the_same():
 def test_batches_hold_equally_many_pictures():
     for batch in batches(questions(40), 4):
         assert len({len(question.pictures) for question in batch}) == 1
+
+
+def test_further_tasks_come_after_the_documents_and_change_none_of_them():
+    asked = make_questions(20, tuple(KINDS))
+    assert [question.turn for question in asked[:20]] == [question.turn for question in questions(20)]
+    follow_up, long = asked[20:]
+    assert (follow_up.turn.task, long.turn.task) == FURTHER_TASKS
+    assert len({follow_up.turn.question, *follow_up.earlier}) == 3
+    assert long.pictures[0].height >= 2 * 24 * ROWS_PER_PAGE and not long.earlier
+
+
+def test_a_follow_up_is_asked_after_the_models_own_answers():
+    calls = []
+
+    class Model:
+        def chat(self, tokenizer, question, history, **options):
+            calls.append((question, history))
+            answers = [f"answer {len(calls)}"] * len(question)
+            histories = history or [[] for _ in question]
+            return answers, [
+                [*own, (text, said)] for own, text, said in zip(histories, question, answers, strict=True)
+            ]
+
+    class Processor:
+        tokenizer = None
+
+        def image_processor(self, pictures, return_tensors):
+            return {"pixel_values": len(pictures)}
+
+    batch = [make_question(seed, ("receipt",), "follow-up") for seed in (20, 22)]
+    assert answer(Model(), Processor(), batch) == ["answer 3"] * 2
+    assert [text.count("<image>") for question, _ in calls for text in question] == [1, 1, 0, 0, 0, 0]
+    assert [said for _, said in calls[2][1][1]] == ["answer 1", "answer 2"]
+    assert calls[2][0] == [question.turn.question for question in batch]
 
 
 def test_edit_distance_counts_insertions_deletions_and_replacements():

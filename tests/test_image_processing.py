@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -275,7 +277,21 @@ def test_absurdly_long_sides_are_refused_before_decoding(monkeypatch, shape):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
 def test_opaque_modes_are_read_as_pillow_shows_them(mode):
     image = Image.new(mode, (40, 30))
+    if mode not in ("I", "F", "I;16"):  # whose white point Pillow does not have; see below
+        image.frombytes(noise(40, 30, 8).tobytes()[: len(image.tobytes())])
     assert torch.equal(tiles_of(image), tiles_of(image.convert("RGB")))
+
+
+def test_palettes_with_an_alpha_for_each_colour_are_composited_on_white():
+    image = Image.new("P", (30, 20))
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
+    image.paste(1, (10, 0, 20, 20))
+    image.paste(2, (20, 0, 30, 20))
+    image.info["transparency"] = bytes([0, 102, 255])  # invisible black, 40 % red, blue
+    expected = np.empty((20, 30, 3), np.uint8)
+    expected[:, :10], expected[:, 10:20], expected[:, 20:] = (255, 255, 255), (255, 153, 153), (0, 0, 255)
+    for picture in (image, encoded(image, transparency=image.info["transparency"])):
+        assert torch.equal(tiles_of(picture), tiles_of(expected))
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
@@ -360,6 +376,41 @@ def test_every_way_to_name_a_file_gives_the_same_tiles(tmp_path):
     ways += [f"data:image/png;base64,{text}", "\n".join([text[:76], text[76:]])]
     for way in ways:
         assert torch.equal(tiles_of(way), tiles_of(image))
+
+
+@pytest.mark.parametrize(("image_format", "compression"), [("PNG", None), ("JPEG", None), ("TIFF", "tiff_lzw")])
+@pytest.mark.parametrize("position", [0, 7, "end"])
+def test_open_files_are_read_from_their_start_and_left_as_they_were(tmp_path, image_format, compression, position):
+    data = encoded(
+        Image.fromarray(noise(60, 30)), image_format, **({"compression": compression} if compression else {})
+    )
+    (tmp_path / "picture").write_bytes(data)
+    with open(tmp_path / "picture", "rb") as on_disk, tempfile.SpooledTemporaryFile() as spooled:
+        spooled.write(data)
+        for file in (io.BytesIO(data), on_disk, spooled):
+            place = len(data) if position == "end" else position
+            file.seek(place)
+            assert torch.equal(tiles_of([file, file]), tiles_of([data, data]))
+            assert file.tell() == place and not file.closed
+            assert file.read() == data[place:]
+
+
+def test_open_files_that_are_no_pictures_say_why():
+    class Stream(io.BytesIO):
+        def seekable(self):
+            return False
+
+    closed, data = io.BytesIO(b"x"), encoded(Image.new("RGB", (9, 9)))
+    closed.close()
+    for file, words in {
+        io.StringIO("text"): "text mode",
+        Stream(data): "cannot be read twice",
+        closed: "closed file",
+        io.BytesIO(data[:40]): "",
+        io.BytesIO(): "cannot identify",
+    }.items():
+        with pytest.raises(ValueError, match=f"cannot be used.*{words}"):
+            tiles_of(file)
 
 
 @pytest.mark.parametrize(
@@ -491,10 +542,67 @@ def test_floats_outside_0_to_1_are_an_error_with_a_remedy(low_high):
         tiles_of(levels)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_half_a_level_of_overshoot_is_rounding_and_more_is_an_error(dtype):
+    for level, expected in (
+        (-0.499 / 255, 0),
+        (1 + 0.499 / 255, 1),
+        (np.nextafter(dtype(1 + 0.5 / 255), dtype(0)), 1),
+    ):
+        assert tiles_of(np.full((6, 7), level, dtype)).unique().item() == expected
+    assert tiles_of(np.full((6, 7), 1 + 0.5 / 255)).unique().item() == 1  # rounds to 256
+    for level in (-0.51 / 255, 1 + 0.51 / 255):
+        with pytest.raises(ValueError, match="must lie in 0..1"):
+            tiles_of(np.full((6, 7), level, dtype))
+
+
+def test_the_largest_options_are_taken_and_one_more_is_not():
+    assert len(candidate_grids(1024)) > 1024
+    with pytest.raises(ValueError, match="1..1024, got 1025"):
+        candidate_grids(1025)
+    NemotronVLImageProcessor(image_size=1 << 15, max_num_tiles=1)  # 2^30 pixels
+    with pytest.raises(ValueError, match="have more than 1073741824 pixels"):
+        NemotronVLImageProcessor(image_size=1 << 15, max_num_tiles=2)
+
+
+def test_lists_may_be_nested_a_hundred_levels_deep_and_no_deeper():
+    nested = noise(9, 9)
+    for _ in range(100):
+        nested = [nested]
+    assert len(tiles_of(nested)) == 1
+    with pytest.raises(ValueError, match="100 levels deep"):
+        tiles_of([nested])
+
+
+def test_base64_text_with_stray_characters_is_refused():
+    text = base64.b64encode(encoded(Image.new("RGB", (9, 9)))).decode()
+    with pytest.raises(ValueError, match="neither an existing file nor base64"):
+        tiles_of(text[:40] + "*" + text[40:])
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8, bool, object, complex, "U3"])
 def test_other_dtypes_are_type_errors(dtype):
     with pytest.raises(TypeError, match="uint8 in 0..255 or float in 0..1"):
         tiles_of(np.zeros((6, 7), dtype))
+
+
+@pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), torch.tensor(4)])
+def test_whole_numbers_of_every_kind_are_taken_and_saved_as_ints(number):
+    levels = noise(60, 30)
+    expected = tiles_of(levels, max_num_tiles=4)
+    assert torch.equal(NemotronVLImageProcessor(**SMALL)(levels, max_num_tiles=number)["pixel_values"], expected)
+    processor = NemotronVLImageProcessor(**SMALL, max_num_tiles=number)
+    assert type(processor.max_num_tiles) is int
+    processor.max_num_tiles = number  # as users do
+    assert torch.equal(processor(levels)["pixel_values"], expected)
+    assert json.loads(processor.to_json_string())["max_num_tiles"] == 4
+
+
+def test_sizes_of_every_kind_of_whole_number_are_counted_alike():
+    for kind in (np.int32, np.uint16, torch.tensor):
+        assert count_tiles(kind(60000), kind(50000)) == count_tiles(60000, 50000)
+    with pytest.raises(TypeError):
+        count_tiles(3.5, 4)
 
 
 @pytest.mark.parametrize("image", [None, 3, {"image": 1}, object(), [None], [[1, 2], [3, 4]]])
@@ -568,12 +676,15 @@ def test_legacy_and_unset_options_change_nothing():
         ({"max_num_tiles": 0}, ValueError),
         ({"max_num_tiles": 10**9}, ValueError),
         ({"max_num_tiles": True}, TypeError),
+        ({"max_num_tiles": "4"}, TypeError),
+        ({"max_num_tiles": np.float64(4)}, TypeError),
         ({"upscale": 3}, ValueError),
         ({"use_thumbnail": "no"}, TypeError),
         ({"rescale_factor": 0}, ValueError),
         ({"rescale_factor": math.nan}, ValueError),
         ({"do_normalize": True}, ValueError),
         ({"do_normalize": True, "image_mean": [0, 0, 0], "image_std": [1, 0, 1]}, ValueError),
+        ({"do_normalize": True, "image_mean": [0, math.nan, 0], "image_std": [1, 1, 1]}, ValueError),
     ],
 )
 def test_wrong_options_are_errors(options, error):
@@ -733,8 +844,9 @@ def test_configuration_cannot_replace_methods():
 def test_module_needs_no_sibling_and_no_torchvision():
     path = ROOT / "image_processing.py"
     assert get_relative_imports(path) == []
-    standard = {"base64", "collections", "copy", "functools", "inspect", "io", "math", "os", "struct", "typing"}
-    assert set(get_imports(path)) <= standard | {"urllib", "zlib", "numpy", "PIL", "torch", "transformers"}
+    needed = {name.split(".")[0] for name in get_imports(path)} - set(sys.stdlib_module_names)
+    assert needed == {"numpy", "PIL", "torch", "transformers"}
+
 
 
 def test_internvls_switch_for_cutting_is_understood():

@@ -240,6 +240,12 @@ def test_attention_implementations_agree(tiny_checkpoint, model, processor, atte
     torch.testing.assert_close(other(**batch).logits[mask], model(**batch).logits[mask], atol=1e-4, rtol=1e-4)
 
 
+def test_every_block_to_keep_whole_is_in_the_model(tiny_checkpoint):
+    """FSDP refuses a name that no module has."""
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_equal_gradients(tiny_checkpoint, processor, use_reentrant):
     gradients = []

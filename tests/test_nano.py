@@ -1,12 +1,15 @@
 """Nano, the trained checkpoint: it loads by every door, reads the bundled receipt, and the tools show how."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-from tools import ROOT
+from tools import ROOT, adopt, chat
 from tools.chat import Conversation, describe, draw_tiles, load
 from tools.demo import RECEIPT
 from training.nano import TILING, build_model, load_tokenizer
@@ -71,6 +74,33 @@ def test_a_batch_answers_like_single_questions(nano, receipt):
     assert together == alone
 
 
+def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys, tmp_path):
+    turns = []
+
+    class Model:
+        def chat(self, processor, question, history, **options):
+            turns.append((question, history, len(options["pixel_values"])))
+            return "Yes.", [*(history or []), (question, "Yes.")]
+
+    typed = iter(["Is it paid?", "And sent?"])
+
+    def type_or_end(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_or_end)
+    monkeypatch.setattr(chat, "load", lambda directory: (Model(), nano[1]))
+    assert chat.main([str(RECEIPT), "--tiles", str(tmp_path / "tiles.png")]) == 0
+    assert turns == [
+        ("<image>\nIs it paid?", None, 1),
+        ("And sent?", [("<image>\nIs it paid?", "Yes.")], 1),
+    ]
+    assert "1 x 1 tiles -> 258 tokens" in capsys.readouterr().out
+    assert Image.open(tmp_path / "tiles.png").size == Image.open(RECEIPT).size
+
+
 def test_tiles_are_described_and_drawn(nano, receipt):
     processor = nano[1]
     assert describe(processor, receipt).endswith("1 x 1 tiles -> 258 tokens")
@@ -78,3 +108,23 @@ def test_tiles_are_described_and_drawn(nano, receipt):
     assert describe(processor, tall).endswith("1 x 2 tiles -> 514 tokens")
     page = draw_tiles(processor.image_processor, tall)
     assert page.size == tall.size and page.tobytes() != tall.tobytes()
+
+
+@pytest.mark.slow
+def test_nano_becomes_a_flat_directory_that_needs_nothing_else(nano, receipt, tmp_path):
+    """For clients that take only a path: code, configs, weights and tokenizer together, loaded where this
+    repository cannot be seen."""
+    assert adopt.main([str(ROOT / "nano"), "--out", str(tmp_path / "flat"), "--copy"]) == 0
+    receipt.save(tmp_path / "receipt.png")
+    code = (
+        "import sys; from transformers import AutoModel, AutoProcessor, AutoTokenizer; from PIL import Image\n"
+        "where = {'pretrained_model_name_or_path': sys.argv[1], 'trust_remote_code': True}\n"
+        "model, processor = AutoModel.from_pretrained(**where), AutoProcessor.from_pretrained(**where)\n"
+        "features = processor.image_processor(Image.open('receipt.png'), return_tensors='pt')\n"
+        "print(model.chat(AutoTokenizer.from_pretrained(**where), question='What is the total?', **features))\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", code, str(tmp_path / "flat")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    features = nano[1].image_processor(receipt, return_tensors="pt")
+    assert done.stdout.strip() == nano[0].chat(nano[1], question="What is the total?", **features)

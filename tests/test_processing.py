@@ -290,6 +290,28 @@ def test_assistant_mask_covers_answers_and_their_ends(processor):
     assert processor.tokenizer.decode(masked) == "12.50 <image><|eot_id|>May<|eot_id|>"
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_assistant_masks_of_a_padded_batch_are_those_of_its_rows(processor, padding_side):
+    answer = {"role": "assistant", "content": "May"}
+    conversations = [[*user(text("Hi")), answer], [*user(picture(), text("A longer question?")), answer]]
+    options = {"add_generation_prompt": False, "return_assistant_tokens_mask": True}
+    batch = tokenize(processor, conversations, padding=True, padding_side=padding_side, **options)
+    for row, conversation in enumerate(conversations):
+        alone = tokenize(processor, conversation, **options)
+        kept = [
+            mask
+            for mask, held in zip(batch["assistant_masks"][row], batch["attention_mask"][row], strict=True)
+            if held
+        ]
+        assert kept == alone["assistant_masks"][0]
+        assert sum(batch["assistant_masks"][row]) == sum(kept) == len("May") + 1
+
+
+def test_variables_of_the_call_win_over_the_tokenizers(processor):
+    with_bos, without = (processor.apply_chat_template(user(text("Hi")), **own) for own in ({}, {"bos_token": ""}))
+    assert with_bos == "<|begin_of_text|>" + without
+
+
 def test_mm_token_type_ids_mark_visual_tokens(processor):
     out = processor(text="a<image>", images=SMALL, return_mm_token_type_ids=True)
     types = out["mm_token_type_ids"][0]

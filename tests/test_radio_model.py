@@ -528,7 +528,9 @@ def test_missing_weights_are_initialised_and_loaded_ones_kept(tmp_path, dtype):
     weights = {key: tensor for key, tensor in tower.state_dict().items() if key not in missing}
     weights["radio_model.input_conditioner.norm_std"] = torch.full((3, 1, 1), 0.5)
     save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
-    loaded = RADIOModel.from_pretrained(tmp_path / "part", torch_dtype=dtype).state_dict()
+    loaded, info = RADIOModel.from_pretrained(tmp_path / "part", torch_dtype=dtype, output_loading_info=True)
+    assert set(info["missing_keys"]) == missing - {"radio_model.input_conditioner.norm_mean"}
+    loaded = loaded.state_dict()
     for key, tensor in weights.items():
         assert torch.equal(loaded[key], tensor.to(loaded[key].dtype)), key
     mean = loaded["radio_model.input_conditioner.norm_mean"].flatten().tolist()
@@ -536,6 +538,52 @@ def test_missing_weights_are_initialised_and_loaded_ones_kept(tmp_path, dtype):
     assert 0.01 < loaded["radio_model.model.patch_generator.cls_token.token"].float().std() < 0.03
     assert (loaded["radio_model.model.blocks.1.attn.qkv.bias"] == 0).all()
     assert (loaded["radio_model.model.blocks.1.norm1.weight"] == 1).all()
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_a_tower_without_all_its_weights_is_refused(tmp_path, prefix):
+    tower = tiny_tower()
+    published_directory(tmp_path / "part", tower)
+    weights = {f"{prefix}{key}": tensor for key, tensor in tower.state_dict().items()}
+    for name in ("norm_mean", "norm_std"):  # the config has these
+        del weights[f"{prefix}radio_model.input_conditioner.{name}"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    loaded = RADIOModel.from_pretrained(tmp_path / "part").eval()
+    assert torch.equal(loaded(pictures()).features, tower(pictures()).features)
+    del weights[f"{prefix}radio_model.model.blocks.1.attn.qkv.bias"]
+    save_file(weights, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing keys: .*blocks\.1\.attn\.qkv\.bias"):
+        RADIOModel.from_pretrained(tmp_path / "part")
+
+
+def test_a_tower_is_loaded_from_safetensors_alone(tmp_path):
+    tower = tiny_tower()
+    published_directory(tmp_path / "pickled", tower)
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(tower.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        RADIOModel.from_pretrained(tmp_path / "pickled")
+    with pytest.raises(ValueError, match="pickle"):
+        RADIOModel.from_pretrained(tmp_path / "pickled", use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("num_cls_tokens", "num_registers", "summary_idxs"),
+    [(1, 0, [0]), (1, 7, []), (3, 2, [2, 0]), (10, 6, list(range(10)))],
+)
+@torch.no_grad()
+def test_towers_of_any_number_of_prefix_tokens_equal_the_plain_restatement(
+    num_cls_tokens, num_registers, summary_idxs
+):
+    tower = tiny_tower(num_cls_tokens=num_cls_tokens, num_registers=num_registers, summary_idxs=summary_idxs)
+    pixel_values, prefix = pictures(2, 32, 48), num_cls_tokens + num_registers
+    output = tower(pixel_values)
+    assert output.features.shape == (2, 6, 32) and output.summary.shape == (2, 32 * len(summary_idxs))
+    for index, picture in enumerate(pixel_values):
+        expected = plain_tower(tower, picture)
+        assert len(expected) == prefix + 6
+        torch.testing.assert_close(output.features[index], expected[prefix:], atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.summary[index], expected[summary_idxs].flatten(), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

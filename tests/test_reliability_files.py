@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from tools import ROOT
 from tools.adopt import main as adopt
@@ -152,6 +154,60 @@ def test_absurd_sizes_are_refused_before_anything_is_built(source, part, name, v
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=name):
         logits(source)
+
+
+@pytest.mark.parametrize("changes", [None, {"vocab_size": 1 << 24, "hidden_size": 1 << 14}])
+def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(source, changes, monkeypatch):
+    config = json.loads((source / "config.json").read_text())
+    if changes is None:  # nothing at all stands for the released 8B
+        config = {"model_type": config["model_type"]}
+    else:
+        config["llm_config"] |= changes
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # would allocate what is missing
+    with pytest.raises(
+        ValueError, match=r"a model of \d{10,} parameters, but the weights beside it have only \d{6} bytes"
+    ):
+        logits(source)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", '"words"', "[]", "null", '{"vision_config": "words"}', '{"llm_config": 3}']
+)
+def test_a_config_that_is_none_is_refused(source, text):
+    (source / "config.json").write_text(text)
+    with pytest.raises((ValueError, TypeError, OSError)):
+        logits(source)
+
+
+@pytest.mark.parametrize("name", ["metadata", "weight_map"])
+def test_an_index_without_its_parts_is_refused(source, name):
+    index = json.loads((source / INDEX).read_text())
+    del index[name]
+    (source / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="metadata|lie beside it"):
+        logits(source)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "processor_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "3", '"words"', "[]", "null"])
+def test_damaged_processor_files_are_refused(tiny_checkpoint, tmp_path, file, text):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    if file == "preprocessor_config.json":  # the options that transformers 5 keeps inside win
+        processor = json.loads((source / "processor_config.json").read_text())
+        processor.pop("image_processor", None)
+        (source / "processor_config.json").write_text(json.dumps(processor))
+    (source / file).write_text(text)
+    with pytest.raises((ValueError, TypeError, OSError)):
+        NemotronVLProcessor.from_pretrained(source)
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_refused(tiny_checkpoint, tmp_path):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps({**tokenizer, "decoder": {"type": "Unknown"}}))
+    with pytest.raises(OSError, match="no usable tokenizer.json"):
+        NemotronVLProcessor.from_pretrained(source)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests import fuzz, hostile
+from tests import fuzz, hostile, hostile_files
 from tests.hostile import Source, tiny_processor
 
 BOUNDED = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -45,16 +45,28 @@ def test_chats_give_honest_prompts_or_a_refusal(data):
 @BOUNDED
 @given(data=st.data())
 def test_configs_are_built_or_refused(data):
-    # What transformers 5 says about a field of the language model.
     hostile.check_config(hostile.config_dict(source_of(data)), (StrictDataclassError,))
 
 
+@settings(BOUNDED, max_examples=5)
+@given(data=st.data())
+def test_damaged_checkpoints_are_loaded_or_refused_and_run_nothing(data):
+    hostile_files.check_files(hostile_files.damages(source_of(data)))
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", fuzz.TARGETS)
-def test_the_first_inputs_of_the_long_run_break_nothing_and_are_not_all_refused(kind):
+@pytest.mark.parametrize(("kind", "inputs"), [("pictures", 400), ("prompts", 400), ("configs", 400)])
+def test_the_first_inputs_of_the_long_run_break_nothing_and_are_not_all_refused(kind, inputs):
     counts = fuzz.Counter()
-    assert not [finding for number in range(400) if (finding := fuzz.run(number, kind, counts))]
-    assert counts["accepted"] > 100 < counts["refused"]
+    assert not [finding for number in range(inputs) if (finding := fuzz.run(number, kind, counts))]
+    assert counts["accepted"] > inputs / 10 < counts["refused"]
+
+
+@pytest.mark.slow
+def test_the_first_damaged_checkpoints_break_nothing_and_are_not_all_refused():
+    counts = fuzz.Counter()
+    assert not [finding for number in range(100) if (finding := fuzz.run(number, "files", counts))]
+    assert counts["accepted"] > 10 < counts["refused"]
 
 
 def test_an_input_is_made_from_its_number_alone():

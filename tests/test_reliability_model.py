@@ -118,6 +118,20 @@ def test_tiles_that_are_none_are_refused(model, processor, pixel_values):
         model.chat(processor, pixel_values, "Hi", GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "fits"),
+    [(-0.01, 1.01, True), (0.0, 1.0, True), (-0.011, 1.0, False), (0.0, 1.011, False), (-0.02, 1.02, False)],
+)
+def test_pixels_may_leave_0_to_1_by_a_hundredth(model, processor, low, high, fits):
+    """Rounding of bfloat16 tiles is below 0.01; what a normalisation leaves behind is above."""
+    pixel_values = torch.linspace(low, high, 3 * 64 * 64, dtype=torch.float64).view(1, 3, 64, 64)
+    if fits:
+        model.chat(processor, pixel_values.clamp(-0.00999, 1.00999).float(), "Hi", GREEDY)
+    else:
+        with pytest.raises(ValueError, match=f"pixel_values lie in {low:.3f}..{high:.3f}"):
+            model.chat(processor, pixel_values.float(), "Hi", GREEDY)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 7), (4, 128), (1, 1, 4, 128)])
 def test_features_of_the_wrong_shape_are_refused_with_the_right_one(model, processor, shape):
     with pytest.raises(ValueError, match=r"visual_features must be a tensor .* width of 128, got the shape"):
@@ -145,6 +159,14 @@ def test_tower_batches_give_equal_results(tiny_checkpoint, model, processor, siz
     for name in ("pooler_output", "hidden_states"):
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-4)
     torch.testing.assert_close(parts.last_hidden_state, whole.last_hidden_state, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0, -1, True])
+def test_a_batch_size_set_later_is_checked_as_well(tiny_checkpoint, size):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
+    model.config.vision_batch_size = size
+    with pytest.raises(ValueError, match=f"vision_batch_size must be a whole number above 0, or None, got {size}"):
+        model.get_image_features(torch.rand(2, 3, 64, 64))
 
 
 def test_tower_batches_train_alike(tiny_checkpoint, processor):

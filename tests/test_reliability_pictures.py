@@ -1,9 +1,11 @@
 """The rows of the table in docs/reliability.md that tests/test_image_processing.py does not hold already."""
 
+import gc
 import io
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,32 @@ def test_a_file_is_read_by_its_content_whatever_its_name_says(tmp_path):
     path = tmp_path / "page.jpg"
     path.write_bytes(saved(RED, "PNG"))
     assert torch.equal(tiles_of(path), tiles_of(RED))
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process in main memory: "VmRSS" now, "VmHWM" at most since it was reset."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{kind}:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux' /proc")
+@pytest.mark.parametrize("kind", ["array", "image"])
+def test_doubling_a_large_scan_keeps_the_whole_process_within_the_stated_memory(kind):
+    """What the allocators of torch and Pillow take is counted here, too."""
+    height, width = 6000, 4300
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    if kind == "image":
+        picture = Image.fromarray(picture)
+    _, columns = select_tile_grid(height, width)
+    cut_tiles(np.zeros((64, 64, 3), np.uint8))  # allocates what stays
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    tiles = cut_tiles(picture)
+    peak = resident("VmHWM") - before
+    held = sum(tile.numel() for tile in tiles)
+    assert held < peak < held + 8 * height * 512 * (columns + 1) + 80e6
+    assert peak < 4 * height * width * 3  # the doubled picture alone
 
 
 @pytest.mark.parametrize(("height", "width"), [(4200, 2970), (600, 6000), (6000, 600)])

@@ -19,6 +19,7 @@ from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
 from tests.front_doors import encode
@@ -105,7 +106,7 @@ def doors(tiny_checkpoint, tmp_path_factory) -> tuple[dict, dict[str, torch.Tens
     }
     script = Path(__file__).with_name("front_doors.py")
     command = [sys.executable, str(script), str(tiny_checkpoint), str(repository), str(out)]
-    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert run.returncode == 0, run.stderr[-5000:]
     return json.loads((out / "results.json").read_text()), load_file(out / "logits.safetensors"), out
 
@@ -154,6 +155,32 @@ def test_without_trust_it_is_refused_and_no_native_class_steps_in(doors):
 
 def test_a_spawned_worker_can_use_the_processor(doors):
     assert doors[0]["worker"] is True
+
+
+def test_code_named_in_the_parts_of_a_checkpoint_is_not_run_through_auto_classes(tiny_checkpoint, tmp_path):
+    """The top level names our code, as after tools.adopt; everything below it names a trap."""
+    trap, sprung = tmp_path / "trap", tmp_path / "sprung"
+    shutil.copytree(tiny_checkpoint, trap)
+    (trap / "evil.py").write_text(f"open({str(sprung)!r}, 'w').close()\nclass Evil: pass\n")
+    evil = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor", "AutoProcessor"), "evil.Evil")
+    evil["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+    for file, parts in {
+        "config.json": ("vision_config", "llm_config"),
+        "processor_config.json": ("image_processor", "tokenizer"),
+    }.items():
+        content = json.loads((trap / file).read_text())
+        for part in parts:
+            content.setdefault(part, {})["auto_map"] = evil
+        (trap / file).write_text(json.dumps(content))
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        (trap / file).write_text(json.dumps({**json.loads((trap / file).read_text()), "auto_map": evil}))
+    config = AutoConfig.from_pretrained(trap, trust_remote_code=True)
+    model = AutoModel.from_pretrained(trap, trust_remote_code=True)
+    built = AutoModel.from_config(config, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(trap, trust_remote_code=True)
+    model(**encode(processor))
+    assert type(config).__name__ == "NemotronVLConfig" and type(built).__name__ == type(model).__name__
+    assert not sprung.exists()
 
 
 def test_code_named_inside_the_configs_is_never_run(tiny_checkpoint, tmp_path):

@@ -262,7 +262,10 @@ def _choose_template(found: Inspection, template: str | None, tokenizer: dict[st
 
 
 def _text_of(token: str | dict[str, Any]) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise CheckpointError(f"The tokenizer files name a special token without text: {token!r:.80}.")
+    return text
 
 
 def _prompts_of(template: str, tokens: dict[str, str]) -> list[str] | None:

@@ -8,7 +8,9 @@ empty line when no `--question` is given. `--tiles` writes a picture of the tile
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import AutoModel, AutoProcessor, TextStreamer
 from . import ROOT
 
 GRID_COLOUR = (220, 30, 30)
+NUMBER_COLOUR = (*GRID_COLOUR, 60)  # the page stays legible through it
 
 
 def load(directory: Path, **options: Any) -> tuple[Any, Any]:
@@ -51,15 +54,17 @@ def tile_grid(image_processor: Any, picture: Image.Image) -> tuple[int, int]:
 def draw_tiles(image_processor: Any, picture: Image.Image) -> Image.Image:
     """Return the page with the borders of its tiles and their numbers drawn over it."""
     rows, columns = tile_grid(image_processor, picture)
-    page = picture.convert("RGB")
-    canvas = ImageDraw.Draw(page)
+    grid = Image.new("RGBA", picture.size)
+    canvas = ImageDraw.Draw(grid)
+    line_width = max(2, max(picture.size) // 500)
     for tile in range(rows * columns):
         row, column = divmod(tile, columns)
-        left, right = (round(page.width * edge / columns) for edge in (column, column + 1))
-        top, bottom = (round(page.height * edge / rows) for edge in (row, row + 1))
-        canvas.rectangle((left, top, right - 1, bottom - 1), outline=GRID_COLOUR, width=2)
-        canvas.text((left + 5, top + 3), str(tile + 1), fill=GRID_COLOUR, font_size=16)
-    return page
+        left, right = (round(picture.width * edge / columns) for edge in (column, column + 1))
+        top, bottom = (round(picture.height * edge / rows) for edge in (row, row + 1))
+        canvas.rectangle((left, top, right - 1, bottom - 1), outline=GRID_COLOUR, width=line_width)
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        canvas.text(middle, str(tile + 1), fill=NUMBER_COLOUR, font_size=(bottom - top) / 3, anchor="mm")
+    return Image.alpha_composite(picture.convert("RGBA"), grid).convert("RGB")
 
 
 def describe(processor: Any, picture: Image.Image) -> str:
@@ -103,6 +108,13 @@ class Conversation:
         return answer
 
 
+def typed_questions() -> Iterator[str]:
+    """What the user types, up to an empty line or the end of the input."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while question := input("> ").strip():
+            yield question
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, nargs="*")
@@ -119,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         draw_tiles(processor.image_processor, pictures[0]).save(arguments.tiles)
         print(f"Tiles drawn over the page: {arguments.tiles}")
     conversation = Conversation(model, processor, pictures)
-    questions = arguments.question or iter(lambda: input("> ").strip() if sys.stdin else "", "")
-    for question in questions:
+    for question in arguments.question or typed_questions():
         if arguments.question:
             print(f"> {question}")
         conversation.ask(question)

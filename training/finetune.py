@@ -1,31 +1,34 @@
 """Fine-tune a checkpoint on documents, from nano on a laptop to the 8B on many GPUs.
 
     python -m training.finetune training/recipes/nano.yaml
-    python -m training.finetune training/recipes/lora-8b.yaml --set model=DIR data=my.jsonl
-    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \\
+    python -m training.finetune training/recipes/lora-8b.yaml --set model=DIR data=my.jsonl trainer.max_steps=50
+    accelerate launch --config_file training/recipes/launch/fsdp2.yaml \\
+        -m training.finetune training/recipes/stage-2-instruction.yaml
+    accelerate launch --config_file training/recipes/launch/deepspeed.yaml \\
         -m training.finetune training/recipes/stage-2-instruction.yaml
 
 A recipe is a flat YAML file; its keys are the fields of `Recipe`, and everything under `trainer` goes to transformers'
-`TrainingArguments`. A run that was stopped goes on from its last checkpoint. The result in `output` loads through
-AutoModel; `loss.csv` (and `loss.png`, with matplotlib) lie beside it.
+`TrainingArguments`. A run that was stopped, however, goes on from its last checkpoint when the command is given again.
+The result in `output` loads through AutoModel; `loss.csv` lies beside it, `loss.png` if matplotlib is installed, and
+logs for TensorBoard if that is. Adapters are merged into the result and also kept in `output/adapter`.
 """
 
 import argparse
-import csv
-from dataclasses import dataclass, field, fields
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers.integrations import is_tensorboard_available
 
 from tools.chat import load
-from training.conversations import Collator, DrawnDocuments, JsonLines
-
-PARTS = {"tower": "vision_model.", "projector": "mlp1.", "language": "language_model."}
+from training.conversations import Collator, DrawnDocuments, JsonLines, lengths_of
+from training.trainer import PARTS, LossLog, PartsTrainer, last_whole_checkpoint, part_of
 
 
 @dataclass
@@ -33,15 +36,20 @@ class Recipe:
     """What to train on what.
 
     Attributes:
-        model: checkpoint directory.
+        model: checkpoint directory, plain or quantised.
         output: directory of the result.
         data: JSON-lines file, or "documents" for drawn ones.
         num_documents: how many documents to draw.
         train: the parts that learn, of "tower", "projector" and "language".
         learning_rates: by part; parts left out use the trainer's.
         lora: arguments of `peft.LoraConfig`; empty for full fine-tuning.
+        dtype: of the weights in training; float32 keeps small updates, `trainer.bf16` computes in bfloat16 all the
+            same. The result has the dtype of `model`.
+        quantize: "nf4" keeps the frozen weights of the language model in 4 bits (bitsandbytes); needs `lora`.
         max_length: tokens of the longest conversation.
         max_num_tiles: tiles per picture; None leaves the checkpoint's.
+        group_by_length: put conversations of like length into a step.
+        max_shard_size: of the result's files.
         trainer: arguments of `TrainingArguments`.
     """
 
@@ -52,8 +60,12 @@ class Recipe:
     train: list[str] = field(default_factory=lambda: list(PARTS))
     learning_rates: dict[str, float] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    quantize: str | None = None
     max_length: int = 16384
     max_num_tiles: int | None = None
+    group_by_length: bool = True
+    max_shard_size: str = "5GB"
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -62,29 +74,49 @@ class Recipe:
             raise ValueError(
                 f"A model has the parts {', '.join(PARTS)}; the recipe names {', '.join(sorted(unknown))}."
             )
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f"quantize is nf4 or nothing, got {self.quantize!r}.")
+        if self.quantize and not self.lora:
+            raise ValueError("Quantised weights cannot learn; add `lora` to the recipe, or leave `quantize` out.")
 
 
 def read_recipe(path: Path, changes: list[str]) -> Recipe:
-    """Read a recipe and apply `key=value` changes, values in YAML."""
+    """Read a recipe and apply `key=value` changes, values in YAML; `trainer.max_steps=3` reaches into a group."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    settings.update({key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in changes)})
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"A change reads KEY=VALUE, got {change!r}.")
+        group, _, name = key.rpartition(".")
+        target = settings.setdefault(group, {}) if group else settings
+        target[name] = yaml.safe_load(value)
     unknown = settings.keys() - {entry.name for entry in fields(Recipe)}
     if unknown:
         raise ValueError(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
     return Recipe(**settings)
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a weight belongs to, whatever wraps the model."""
-    return next(part for part, prefix in PARTS.items() if prefix in name)
+def load_for_training(recipe: Recipe) -> tuple[nn.Module, Any]:
+    """Return the model, frozen where it does not learn or with adapters where it does, and its processor."""
+    options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
+    if recipe.quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=recipe.quantize, bnb_4bit_compute_dtype=options["dtype"]
+        )
+    model, processor = load(Path(recipe.model), **options)
+    if recipe.max_num_tiles is not None:
+        processor.image_processor.max_num_tiles = recipe.max_num_tiles
+    if recipe.lora:
+        return add_adapters(model, recipe), processor
+    if getattr(model.config, "quantization_config", None):
+        raise ValueError(f"The weights of {recipe.model} are quantised and cannot learn; add `lora` to the recipe.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in recipe.train)
+    return model, processor
 
 
-def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Freeze what does not learn, or add LoRA adapters to what does."""
-    if not recipe.lora:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(part_of(name) in recipe.train)
-        return model
+def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Freeze the model and give the linear layers of the parts that learn LoRA adapters."""
     from peft import LoraConfig, get_peft_model  # an optional package
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -92,94 +124,74 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     return get_peft_model(model, LoraConfig(**{"target_modules": wanted, **recipe.lora}))
 
 
-class PartsTrainer(Trainer):
-    """transformers' Trainer with a learning rate for each part of the model."""
+def claim(output: Path, recipe: Recipe) -> None:
+    """Note the recipe in `output`, for whoever goes on or wonders.
 
-    learning_rates: dict[str, float] = {}
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options.pop("lr", None)
-            self.optimizer = optimizer_class(
-                [
-                    {
-                        "params": parameters,
-                        "lr": self.learning_rates.get(part, self.args.learning_rate),
-                        "weight_decay": self.args.weight_decay if is_matrix else 0.0,
-                    }
-                    for (part, is_matrix), parameters in groups.items()
-                ],
-                **options,
+    Raises:
+        ValueError: if a run by another recipe lies there.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path, settings = output / "recipe.json", json.loads(json.dumps(asdict(recipe)))
+    if path.exists():
+        other = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings if settings[key] != other.get(key) and key != "output"]
+        if changed:
+            raise ValueError(
+                f"{output} holds a run by another recipe; different are {', '.join(changed)}. Go on with its own "
+                f"recipe ({path}), or choose another output."
             )
-        return self.optimizer
-
-
-class LossLog(TrainerCallback):
-    """Writes `loss.csv` as training goes on, and a picture of it at the end."""
-
-    def __init__(self, directory: Path):
-        self.path = directory / "loss.csv"
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs:
-            is_new = not self.path.exists()
-            with self.path.open("a", newline="") as file:
-                writer = csv.writer(file)
-                if is_new:
-                    writer.writerow(("step", "loss", "learning_rate"))
-                writer.writerow((state.global_step, logs["loss"], logs.get("learning_rate")))
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and self.path.exists():
-            draw_loss(self.path)
-
-
-def draw_loss(path: Path) -> None:
-    """Draw the loss of a CSV log beside it; without matplotlib do nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows])
-    axes.set(xlabel="step", ylabel="loss")
-    figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    own = path.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    own.replace(path)
 
 
 def finetune(recipe: Recipe) -> Path:
-    """Train by a recipe and return the directory of the result."""
+    """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result."""
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    model, processor = load(Path(recipe.model))
-    if recipe.max_num_tiles is not None:
-        processor.image_processor.max_num_tiles = recipe.max_num_tiles
+    claim(output, recipe)
+    options: dict[str, Any] = {"report_to": ["tensorboard"] if is_tensorboard_available() else []}
+    if recipe.trainer.get("gradient_checkpointing"):  # the other kind leaves out what has frozen inputs
+        options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints"), remove_unused_columns=False, **{**options, **recipe.trainer}
+    )
+    model, processor = load_for_training(recipe)
     is_drawn = recipe.data == "documents"
     dataset = DrawnDocuments(recipe.num_documents) if is_drawn else JsonLines(Path(recipe.data))
-    arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"), remove_unused_columns=False, report_to=[], **recipe.trainer
-    )
+    lengths = lengths_of(dataset, processor, recipe.max_length)
+    has_pictures = any(dataset.outline(index).picture_sizes for index in range(len(dataset)))
     trainer = PartsTrainer(
-        model=prepare(model, recipe),
+        model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor, recipe.max_length),
+        data_collator=Collator(processor, recipe.max_length, always_pictures=has_pictures),
         callbacks=[LossLog(output)],
+        learning_rates=recipe.learning_rates,
+        lengths=lengths if recipe.group_by_length else None,
     )
-    trainer.learning_rates = recipe.learning_rates
-    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).exists() else None
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(str(output))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(arguments.output_dir)))
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        processor.save_pretrained(output)
+        if recipe.lora:
+            trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
+                output / "adapter", state_dict=state
+            )
+        save_result(recipe, state, processor)
+    trainer.accelerator.wait_for_everyone()
     return output
+
+
+def save_result(recipe: Recipe, state: dict[str, torch.Tensor], processor: Any) -> None:
+    """Put what was learned into the checkpoint that training began with, and write it to `output`."""
+    model, _ = load(Path(recipe.model), dequantize=True)
+    if recipe.lora:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, Path(recipe.output) / "adapter").merge_and_unload()
+    else:
+        model.load_state_dict(state)
+    model.save_pretrained(recipe.output, max_shard_size=recipe.max_shard_size)
+    processor.save_pretrained(recipe.output)
 
 
 def main() -> None:

@@ -1,0 +1,70 @@
+"""The notebook and the walk-through in examples/ do what they say: their code is run as it stands, for fewer steps.
+
+After a change to the notebook, or to nano, its outputs are renewed by (pip install nbconvert ipykernel peft matplotlib)
+    jupyter nbconvert --to notebook --execute --inplace examples/quickstart.ipynb
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tools import ROOT
+
+EXAMPLES = ROOT / "examples"
+FEWER_STEPS = 2
+
+
+def notebook_cells() -> list[dict]:
+    return json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_is_stored_with_its_outputs():
+    code = [cell for cell in notebook_cells() if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3  # the page, its tiles, the loss
+    said = {cell["source"][-1]: "".join(cell["outputs"][0]["data"]["text/plain"]) for cell in code if cell["outputs"]
+            and "data" in cell["outputs"][0]}  # fmt: skip
+    assert said["before"] != said["after"] and '{"total": ' in said["after"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_end_to_end():
+    pytest.importorskip("peft", reason="pip install peft")
+    script = "\n".join(
+        f"steps = {FEWER_STEPS}" if "parameters" in cell["metadata"].get("tags", []) else "".join(cell["source"])
+        for cell in notebook_cells()
+        if cell["cell_type"] == "code"
+    )
+    script += "\nassert all(answers) and before and type(after) is str, (answers, before, after)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_the_walk_through_runs_from_end_to_end(tmp_path):
+    pytest.importorskip("peft", reason="pip install peft")
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (tmp_path / entry.name).symlink_to(entry)  # the root, but what the commands write stays here
+    text = (EXAMPLES / "finetune.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "bash", "bash", "bash"]
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    for language, code in blocks:
+        code = code.replace("output=runs/mine", f"output=runs/mine trainer.max_steps={FEWER_STEPS}")
+        shell = ["bash", "-ec", 'python() { "$PYTHON" "$@"; }\n' + code]
+        command = [sys.executable, "-c", code] if language == "python" else shell
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert "> Total as JSON?" in done.stdout and not list(ROOT.glob("my-documents"))
+    assert (tmp_path / "runs" / "mine" / "adapter").is_dir()

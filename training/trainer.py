@@ -1,0 +1,164 @@
+"""transformers' Trainer with learning rates by part, batches of like length, and a log of the loss.
+
+Everything that decides a run's result is a function of its seed and step, so that an interrupted run goes on exactly.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+
+PARTS = {"tower": "vision_model.", "projector": "mlp1.", "language": "language_model."}
+# Batches are made of neighbours in length within so many batches' worth of shuffled conversations.
+BATCHES_PER_POOL = 50
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight belongs to, whatever wraps the model."""
+    return next(part for part, prefix in PARTS.items() if prefix in name)
+
+
+class LengthGroups(Sampler[int]):
+    """Another order in every epoch, in which the conversations of a step are of like length.
+
+    Args:
+        lengths: of the conversations.
+        step_size: conversations in an optimiser step, all processes and accumulated batches together.
+        seed: of the order; epoch and seed alone decide it.
+    """
+
+    def __init__(self, lengths: list[int], step_size: int, seed: int):
+        self.lengths = lengths
+        self.step_size = step_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"order {self.seed} {self.epoch}")
+        shuffled = rng.sample(range(len(self.lengths)), len(self.lengths))
+        pool_size = self.step_size * BATCHES_PER_POOL
+        ordered: list[int] = []
+        for start in range(0, len(shuffled), pool_size):
+            ordered += sorted(shuffled[start : start + pool_size], key=self.lengths.__getitem__, reverse=True)
+        steps = [ordered[start : start + self.step_size] for start in range(0, len(ordered), self.step_size)]
+        rest = [steps.pop()] if len(ordered) % self.step_size else []  # an incomplete step stays the last
+        rng.shuffle(steps)
+        return (index for step in steps + rest for index in step)
+
+
+class PartsTrainer(Trainer):
+    """transformers' Trainer with learning rates by part and batches of like length.
+
+    Args:
+        learning_rates: by part of `PARTS`; others have the arguments' `learning_rate`.
+        lengths: tokens of each conversation; None shuffles without regard to length.
+        kwargs: as for `Trainer`.
+    """
+
+    def __init__(self, *, learning_rates: dict[str, float], lengths: list[int] | None, **kwargs: Any):
+        self.learning_rates = learning_rates
+        self.sampler = None
+        if lengths is not None:
+            arguments = kwargs["args"]
+            step_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+            self.sampler = LengthGroups(lengths, step_size, arguments.seed)
+            # After a resumption Trainer does not reach the sampler through the loaders wrapped around it.
+            kwargs["callbacks"] = [*kwargs.get("callbacks", []), EpochOf(self.sampler)]
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        return self.sampler or super()._get_train_sampler(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((part_of(name), parameter.ndim > 1), []).append(parameter)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            options.pop("lr", None)
+            self.optimizer = optimizer_class(
+                [
+                    {
+                        "params": parameters,
+                        "lr": self.learning_rates.get(part, self.args.learning_rate),
+                        "weight_decay": self.args.weight_decay if is_matrix else 0.0,
+                    }
+                    for (part, is_matrix), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+
+class EpochOf(TrainerCallback):
+    """Tells a sampler the epoch."""
+
+    def __init__(self, sampler: LengthGroups):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class LossLog(TrainerCallback):
+    """Writes `loss.csv` as training goes on, and with matplotlib a picture of it at the end.
+
+    The file is written anew from the trainer's state each time: after a resumption no step stands in it twice.
+    """
+
+    def __init__(self, directory: Path):
+        self.path = directory / "loss.csv"
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            rows = [entry for entry in state.log_history if "loss" in entry]
+            columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+            with self.path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        rows = [entry for entry in state.log_history if "loss" in entry]
+        if state.is_world_process_zero and rows:
+            draw_loss([(row["step"], row["loss"]) for row in rows], self.path.with_suffix(".png"))
+
+
+def draw_loss(points: list[tuple[int, float]], path: Path) -> None:
+    """Draw (step, loss) as a line; without matplotlib do nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True))
+    axes.set(xlabel="step", ylabel="loss")
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+
+
+def last_whole_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint whose writing was finished; a run killed while it wrote leaves one that was not."""
+    numbered = {path: path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*")}
+    for path in sorted((path for path in numbered if numbered[path].isdigit()), key=lambda p: -int(numbered[p])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
