@@ -848,7 +848,6 @@ def test_module_needs_no_sibling_and_no_torchvision():
     assert needed == {"numpy", "PIL", "torch", "transformers"}
 
 
-
 def test_internvls_switch_for_cutting_is_understood():
     """TRL's GRPO asks for the counts of tiles with it."""
     processor = NemotronVLImageProcessor(image_size=64)
