@@ -118,6 +118,12 @@ LARGEST = {
     "projector_hidden_size": 1 << 20,
     "max_sequence_length": 1 << 30,
     "vision_batch_size": 1 << 30,
+    "mamba_num_heads": 1 << 16,
+    "mamba_head_dim": 1 << 16,
+    "ssm_state_size": 1 << 16,
+    "n_groups": 1 << 16,
+    "conv_kernel": 1 << 10,
+    "chunk_size": 1 << 20,
 }
 
 IMAGE_TOKEN = "<image>"
@@ -652,9 +658,28 @@ class NemotronVLV2Config(NemotronVLConfig):
     def _build_llm_config(cls, llm_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
         if NemotronHConfig is None:
             raise ImportError(NEEDED_FOR_V2.format(version=transformers_version))
-        if isinstance(llm_config, dict) and "E" in (llm_config.get("hybrid_override_pattern") or ""):
-            raise ValueError(MIXTURE_OF_EXPERTS)
+        if isinstance(llm_config, dict):
+            cls._check_layer_pattern(llm_config)
         return super()._build_llm_config(llm_config)
+
+    @staticmethod
+    def _check_layer_pattern(llm_config: dict[str, Any]) -> None:
+        pattern = llm_config.get("hybrid_override_pattern")
+        if pattern is None:
+            return
+        if not isinstance(pattern, str) or set(pattern) - set("M*-E") or not pattern:
+            raise ValueError(
+                f"llm_config.hybrid_override_pattern must spell the layers with M (Mamba), * (attention) and - (MLP), got "
+                f"{pattern!r:.80}."
+            )
+        if "E" in pattern:
+            raise ValueError(MIXTURE_OF_EXPERTS)
+        _agree(
+            "the number of layers",
+            (len(pattern), "the length of llm_config.hybrid_override_pattern"),
+            (llm_config.get("num_hidden_layers"), "llm_config.num_hidden_layers"),
+        )
+        _check_sizes("llm_config.", {"num_hidden_layers": len(pattern)})
 
     @classmethod
     def _build_vision_config(cls, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:

@@ -4,6 +4,9 @@ The recipe is that of the released 8B V1 processor, bit for bit: double the pict
 tiles for it, resize the doubled picture to that grid (bilinear, antialiased, on uint8), cut the tiles row by row,
 append a thumbnail as the last tile unless the grid is 1x1, divide by 255. There is no mean/std: the tower normalises.
 
+The 12B V2 has another recipe, `V2_RECIPE`: no doubling, the grid of the closest aspect ratio, bicubic and antialiased
+on float32, and normalised at the end because its tower does not.
+
 The surprise: a doubled picture is never held as a whole. Bands of rows are doubled and at once reduced in width, so
 that besides the picture and its tiles about `8 * height * image_size * (columns + 1)` bytes and 24 MB are used.
 That gives the numbers of the whole-picture recipe because every bilinear pass works on width first, then on height,
@@ -33,6 +36,17 @@ from transformers.processing_utils import ImagesKwargs
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What the published preprocessor_config.json of the 12B V2, told by its norm_mean, leaves to NVIDIA's class.
+V2_RECIPE = {
+    "upscale": 1,
+    "grid_rule": "closest_ratio",
+    "interpolation": "bicubic",
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
 COVERAGE_CAP = 0.6  # published score: a grid gains nothing by holding more than 60 % of the doubled picture's pixels
 MAX_NUM_TILES = 1024  # the candidate list, and with it an absurd configuration, stays small
 BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, less repeats the filter set-up too often
@@ -55,6 +69,8 @@ class NemotronVLImagesKwargs(ImagesKwargs, total=False):
     max_num_tiles: int
     use_thumbnail: bool
     upscale: int
+    grid_rule: str
+    interpolation: str
     do_convert_rgb: bool
     patch_size: int
     downsample_ratio: float
@@ -86,8 +102,46 @@ def candidate_grids(max_num_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
+def _largest_area(height: int, width: int, image_size: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The rule of the 8B V1: coverage of the pixels, capped, times how close the aspect ratios are.
+
+    Evaluated in double precision in the published association: rounding breaks ties.
+    """
+    area, aspect = width * height, width / height
+    best_score, best_grid = -math.inf, (1, 1)
+    for columns, rows in grids:
+        ratio = columns / rows
+        score = min((columns * rows * image_size * image_size) / area, COVERAGE_CAP) * min(
+            ratio / aspect, aspect / ratio
+        )
+        if score > best_score:
+            best_score, best_grid = score, (rows, columns)
+    return best_grid
+
+
+def _closest_ratio(height: int, width: int, image_size: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The rule of the 12B V2: the closest aspect ratio; of equally close ones a larger grid for a larger picture."""
+    area, aspect = width * height, width / height
+    smallest_difference, best_grid = math.inf, (1, 1)
+    for columns, rows in grids:
+        difference = abs(aspect - columns / rows)
+        is_large = area > 0.5 * image_size * image_size * columns * rows
+        if difference < smallest_difference or (difference == smallest_difference and is_large):
+            smallest_difference, best_grid = difference, (rows, columns)
+    return best_grid
+
+
+GRID_RULES = {"area": _largest_area, "closest_ratio": _closest_ratio}
+
+
 def select_tile_grid(
-    height: int, width: int, *, image_size: int = 512, max_num_tiles: int = 12, upscale: int = 2
+    height: int,
+    width: int,
+    *,
+    image_size: int = 512,
+    max_num_tiles: int = 12,
+    upscale: int = 2,
+    grid_rule: str = "area",
 ) -> tuple[int, int]:
     """Choose the grid of tiles for a picture of `height` x `width` pixels.
 
@@ -95,11 +149,11 @@ def select_tile_grid(
         height, width: size of the picture as given, before the doubling.
         image_size: side of a tile in pixels.
         max_num_tiles: largest number of tiles, thumbnail not counted.
-        upscale: 2 doubles the picture first (published), 1 does not (vLLM, Megatron-LM).
+        upscale: 2 doubles the picture first (published), 1 does not (12B V2, vLLM, Megatron-LM).
+        grid_rule: "area" (8B V1) or "closest_ratio" (12B V2).
 
     Returns:
-        `(rows, columns)` of the first candidate with the highest score: coverage of the pixels, capped, times how
-        close the aspect ratios are. Evaluated in double precision in the published association: rounding breaks ties.
+        `(rows, columns)` of the candidate that the rule prefers.
 
     Raises:
         ValueError: if a side is not positive.
@@ -108,17 +162,7 @@ def select_tile_grid(
     height, width = operator.index(height), operator.index(width)  # the area of NumPy's int32 would overflow
     if height < 1 or width < 1:
         raise ValueError(f"A picture needs at least 1x1 pixels, got height={height}, width={width}.")
-    height, width = upscale * height, upscale * width
-    area, aspect = width * height, width / height
-    best_score, best_grid = -math.inf, (1, 1)
-    for columns, rows in candidate_grids(max_num_tiles):
-        ratio = columns / rows
-        score = min((columns * rows * image_size * image_size) / area, COVERAGE_CAP) * min(
-            ratio / aspect, aspect / ratio
-        )
-        if score > best_score:
-            best_score, best_grid = score, (rows, columns)
-    return best_grid
+    return GRID_RULES[grid_rule](upscale * height, upscale * width, image_size, candidate_grids(max_num_tiles))
 
 
 def count_tiles(
@@ -129,10 +173,11 @@ def count_tiles(
     max_num_tiles: int = 12,
     use_thumbnail: bool = True,
     upscale: int = 2,
+    grid_rule: str = "area",
 ) -> int:
     """Number of tiles of a picture of `height` x `width` pixels, thumbnail included; see `select_tile_grid`."""
     rows, columns = select_tile_grid(
-        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale
+        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale, grid_rule=grid_rule
     )
     return rows * columns + int(use_thumbnail and rows * columns > 1)
 
@@ -350,14 +395,20 @@ def _channels_last_view(array: np.ndarray, input_data_format: str | None) -> np.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _channels_last_empty(height: int, width: int, num_channels: int) -> torch.Tensor:
+def _channels_last_empty(height: int, width: int, num_channels: int, dtype: type = np.uint8) -> torch.Tensor:
     # NumPy asks the kernel for huge pages, torch does not: first touch of a big buffer costs a third.
-    return torch.from_numpy(np.empty((1, height, width, num_channels), np.uint8)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.empty((1, height, width, num_channels), dtype)).permute(0, 3, 1, 2)
 
 
-def _resize_into(out: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """Resize uint8 `(1, channels, height, width)` to the size of `out`; the kernel is fast if both are channels-last."""
-    torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], False, None, None, out=out)
+def _resize_into(out: torch.Tensor, image: torch.Tensor, interpolation: str = "bilinear") -> torch.Tensor:
+    """Resize `(1, channels, height, width)`, antialiased, to the size of `out`.
+
+    uint8 or float32, as both are; the kernels are fast if both are channels-last.
+    """
+    kernel = torch.ops.aten._upsample_bilinear2d_aa
+    if interpolation == "bicubic":
+        kernel = torch.ops.aten._upsample_bicubic2d_aa
+    kernel.out(image, out.shape[2:], False, None, None, out=out)
     return out
 
 
@@ -402,32 +453,38 @@ def cut_tiles(
     max_num_tiles: int = 12,
     use_thumbnail: bool = True,
     upscale: int = 2,
+    grid_rule: str = "area",
+    interpolation: str = "bilinear",
 ) -> list[torch.Tensor]:
     """Cut an RGB picture into tiles.
 
     Args:
         picture: PIL image of mode RGB or uint8 array `(height, width, 3)`.
-        image_size, max_num_tiles, upscale: see `select_tile_grid`.
+        image_size, max_num_tiles, upscale, grid_rule: see `select_tile_grid`.
         use_thumbnail: append the whole picture as the last tile unless the grid is 1x1.
+        interpolation: "bilinear" rounds to uint8, "bicubic" stays float32 and may overshoot 0..255.
 
     Returns:
-        uint8 tiles `(3, image_size, image_size)` on the CPU, row by row; views of shared buffers, not contiguous.
+        tiles `(3, image_size, image_size)` of levels on the CPU, row by row; views of shared buffers, not contiguous.
     """
     height, width = _picture_size(picture)
     rows, columns = select_tile_grid(
-        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale
+        height, width, image_size=image_size, max_num_tiles=max_num_tiles, upscale=upscale, grid_rule=grid_rule
     )
     grids = [(rows, columns)] + ([(1, 1)] if use_thumbnail and rows * columns > 1 else [])
+    dtype = np.float32 if interpolation == "bicubic" else np.uint8
     narrowed = []
     for first_row, band in _upscaled_bands(picture, upscale):
+        band = band.float() if dtype is np.float32 else band
         if not narrowed:
-            narrowed = [_channels_last_empty(upscale * height, image_size * c, band.shape[1]) for _, c in grids]
+            shapes = [(upscale * height, image_size * own_columns, band.shape[1]) for _, own_columns in grids]
+            narrowed = [_channels_last_empty(*shape, dtype) for shape in shapes]
         for target in narrowed:
-            _resize_into(target[:, :, first_row : first_row + band.shape[2]], band)
+            _resize_into(target[:, :, first_row : first_row + band.shape[2]], band, interpolation)
     tiles = []
     for (rows, columns), image in zip(grids, narrowed, strict=True):
-        canvas = _channels_last_empty(image_size * rows, image_size * columns, image.shape[1])
-        for strip in _resize_into(canvas, image)[0, :3].split(image_size, dim=1):
+        canvas = _channels_last_empty(image_size * rows, image_size * columns, image.shape[1], dtype)
+        for strip in _resize_into(canvas, image, interpolation)[0, :3].split(image_size, dim=1):
             tiles += strip.split(image_size, dim=2)
     return tiles
 
@@ -459,7 +516,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         image_size: side of a tile in pixels, a multiple of `patch_size / downsample_ratio`.
         max_num_tiles: most tiles of one picture, thumbnail not counted.
         use_thumbnail: append the whole picture as one more tile when it was cut into several.
-        upscale: 2 doubles every picture first, as published; 1 does not, as in vLLM and Megatron-LM.
+        upscale: 2 doubles every picture first, as published; 1 does not, as in the 12B V2, vLLM and Megatron-LM.
         do_rescale: multiply the levels 0..255 by `rescale_factor`; False returns them as they are, as uint8 (unless
             `do_normalize` makes them float32), a quarter of the bytes to carry.
         rescale_factor: 1/255 gives 0..1.
@@ -468,6 +525,9 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         do_convert_rgb: convert what is not RGB; False raises a ValueError for such a picture.
         device: where the result lives; tiles travel there as uint8. Not saved.
         patch_size, downsample_ratio: of the model, for counting its image tokens.
+        grid_rule: "area" prefers grids that hold the picture's pixels (8B V1), "closest_ratio" its aspect ratio (12B
+            V2).
+        interpolation: "bilinear" on uint8 (8B V1) or "bicubic" on float32 (12B V2), which overshoots a little.
         kwargs: unknown configuration keys are kept and saved again.
     """
 
@@ -489,6 +549,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         device: str | torch.device | None = None,
         patch_size: int = 16,
         downsample_ratio: float = 0.5,
+        grid_rule: str = "area",
+        interpolation: str = "bilinear",
         **kwargs: Any,
     ):
         # A published checkpoint names its own class here; `to_dict` names ours.
@@ -501,6 +563,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         self.max_num_tiles = max_num_tiles
         self.use_thumbnail = use_thumbnail
         self.upscale = upscale
+        self.grid_rule = grid_rule
+        self.interpolation = interpolation
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
@@ -552,8 +616,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
             load_picture(image, do_convert_rgb=options["do_convert_rgb"], input_data_format=input_data_format)
             for image in flatten_images(images)
         ]
-        tiling = {name: options[name] for name in TILING_OPTIONS}
-        num_patches = [count_tiles(*_picture_size(picture), **tiling) for picture in pictures]
+        tiling = {**_grid_options(options), "interpolation": options["interpolation"]}
+        num_patches = [count_tiles(*_picture_size(picture), **_grid_options(options)) for picture in pictures]
         pixel_values = self._allocate(sum(num_patches), options)
         targets = pixel_values.split(num_patches) if pictures else ()
         for picture, target in zip(pictures, targets, strict=True):
@@ -567,7 +631,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
     @staticmethod
     def _allocate(num_tiles: int, options: dict[str, Any]) -> torch.Tensor:
         shape = (num_tiles, 3, options["image_size"], options["image_size"])
-        dtype = torch.float32 if options["do_rescale"] or options["do_normalize"] else torch.uint8
+        is_float = options["do_rescale"] or options["do_normalize"] or options["interpolation"] == "bicubic"
+        dtype = torch.float32 if is_float else torch.uint8
         if options["device"].type == "cpu":  # huge pages, as in _channels_last_empty
             return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.uint8))
         return torch.empty(shape, dtype=dtype, device=options["device"])
@@ -587,8 +652,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Tiles of a picture of `height` x `width` pixels, thumbnail included, under the options of a call."""
         options = self._options(images_kwargs or {})
-        tiling = {name: options[name] for name in TILING_OPTIONS}
-        return count_tiles(height, width, **tiling)
+        return count_tiles(height, width, **_grid_options(options))
 
     def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Image tokens of a picture of `height` x `width` pixels, the `<img>` and `</img>` around them not counted."""
@@ -630,11 +694,14 @@ class NemotronVLImageProcessor(BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a processor from a configuration and overriding options, in the same way on every transformers version.
 
+        A published file of the 12B V2 says `norm_mean` and `norm_std`; it gets `V2_RECIPE`.
+
         Returns:
             The processor, or `(processor, unused kwargs)` with `return_unused_kwargs=True`. Options that are null in
             the configuration take their defaults.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
+        image_processor_dict = _read_published(image_processor_dict)
         given = {**image_processor_dict, **{name: value for name, value in kwargs.items() if name in OPTIONS}}
         processor = cls(**{name: value for name, value in given.items() if value is not None or name not in OPTIONS})
         unused = {name: value for name, value in kwargs.items() if name not in OPTIONS}
@@ -654,8 +721,26 @@ class NemotronVLImageProcessor(BaseImageProcessor):
 
 
 OPTIONS = tuple(inspect.signature(NemotronVLImageProcessor).parameters)[:-1]  # all but **kwargs
-TILING_OPTIONS = ("image_size", "max_num_tiles", "use_thumbnail", "upscale")
+CHOICES: dict[str, dict[Any, str]] = {
+    "upscale": {2: "2 (published)", 1: "1 (no doubling)"},
+    "grid_rule": {"area": "'area' (8B V1)", "closest_ratio": "'closest_ratio' (12B V2)"},
+    "interpolation": {"bilinear": "'bilinear' (8B V1)", "bicubic": "'bicubic' (12B V2)"},
+}
 WHOLE_NUMBERS = ("image_size", "max_num_tiles", "upscale", "patch_size")
+GRID_OPTIONS = ("image_size", "max_num_tiles", "use_thumbnail", "upscale", "grid_rule")
+
+
+def _read_published(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with what a published file of the 12B V2 leaves out, in transformers' words."""
+    if "norm_mean" not in configuration:
+        return configuration
+    spelled = {"norm_mean": "image_mean", "norm_std": "image_std"}
+    stated = {spelled.get(name, name): value for name, value in configuration.items() if value is not None}
+    return {**V2_RECIPE, **stated}
+
+
+def _grid_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in GRID_OPTIONS}
 
 
 def _pixels_per_token(options: dict[str, Any]) -> int:
@@ -680,8 +765,7 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("rescale_factor", "downsample_ratio"):
         if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
             raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
-    if options["upscale"] not in (1, 2):
-        raise ValueError(f"upscale must be 2 (published) or 1 (no doubling), got {options['upscale']}.")
+    _check_choices(options)
     candidate_grids(options["max_num_tiles"])
     if options["max_num_tiles"] * options["image_size"] ** 2 > MAX_TILE_PIXELS:
         raise ValueError(
@@ -695,6 +779,12 @@ def _check_options(options: dict[str, Any]) -> None:
         )
     if options["do_normalize"]:
         _check_statistics(options["image_mean"], options["image_std"])
+
+
+def _check_choices(options: dict[str, Any]) -> None:
+    for name, choices in CHOICES.items():
+        if options[name] not in tuple(choices):
+            raise ValueError(f"{name} must be {' or '.join(choices.values())}, got {options[name]!r}.")
 
 
 def _check_statistics(mean: Any, std: Any) -> None:

@@ -9,7 +9,6 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
-import importlib.util
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +29,9 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
-from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
-from .processing_nemotron_vl import ChatPrompt, build_chat_prompts, image_token_id_of
+from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
@@ -131,7 +130,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
-        _check_prefix_tokens(cls.config_class, pretrained_model_name_or_path, kwargs)
+        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if dequantization is not None:
@@ -151,6 +150,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     Args:
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
+
+    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -604,6 +605,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         num_patches_list: torch.Tensor | Sequence[Any] | None = None,
         streamer: Any | None = None,
         truncation: str | None = None,
+        enable_thinking: bool | None = None,
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
@@ -629,6 +631,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
             truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
                 answer fit the context, and says so; None raises instead.
+            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
+                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -665,6 +669,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             # InternVL clients set their system prompt on the model.
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
+            numbers_images=self.numbers_images,
+            enable_thinking=enable_thinking,
         )
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
@@ -674,7 +680,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
         )
         results = [
-            (answer, [*prompt.history, (prompt.question, answer)]) if return_history else answer
+            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if isinstance(question, str):
@@ -858,6 +864,12 @@ class _AnswerStream(TextIteratorStreamer):
             super().put(torch.tensor(new_ids))
 
 
+def _to_remember(prompt: ChatPrompt, answer: str) -> str:
+    """Return what of an answer the next prompt holds: no reasoning."""
+    thinking = prompt.text.rstrip().endswith(THINK_START)
+    return split_reasoning(answer, thinking)[1] if thinking else answer
+
+
 def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     """Return the ids before the first end token."""
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
@@ -916,13 +928,16 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
 
 
-def _check_prefix_tokens(
+def _check_tensors(
     config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
 ) -> None:
-    """Raise if the tower's config counts other class and register tokens than the checkpoint's tensor holds."""
+    """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
     if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
         return
-    token = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or []).get(PREFIX_TOKENS)
+    headers = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or [])
+    if any(".mixer.experts." in name for name in headers):
+        raise ValueError(MIXTURE_OF_EXPERTS)
+    token = headers.get(PREFIX_TOKENS)
     if token is None:
         return
     config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
@@ -936,19 +951,24 @@ def _check_prefix_tokens(
         )
 
 
-def _announce_slow_mamba() -> None:
-    """Say once, instead of once for each of its functions as transformers does, that the kernels are missing."""
-    missing = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name) is None]
-    if missing:
-        logger.warning_once(
-            f"The Mamba layers run in plain torch, correct but slower than with CUDA kernels: {' and '.join(missing)} "
-            "not installed (pip install mamba-ssm causal-conv1d, on a machine with CUDA)."
+class _OneNotice:
+    """A filter for transformers' logger: says once, instead of once for each of its functions, that kernels are missing."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def filter(self, record: Any) -> bool:
+        if "is falling back to its reference PyTorch implementation" not in str(record.msg):
+            return True
+        record.msg = (
+            "The Mamba layers run in plain torch: correct, but slower than the CUDA kernels of `mamba-ssm` and "
+            "`causal-conv1d`, which are not installed here."
         )
-        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_says_something_new)
+        is_first, self.said = not self.said, True
+        return is_first
 
 
-def _says_something_new(record: Any) -> bool:
-    return "is falling back to its reference PyTorch implementation" not in str(record.msg)
+_ONE_NOTICE = _OneNotice()
 
 
 class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
@@ -994,7 +1014,7 @@ class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
         for block in self.backbone.layers:
             if block.block_type == "linear_attention":
                 # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. NVIDIA's kernels limit neither.
+                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
                 block.mixer.time_step_limit = tuple(config.time_step_limit)
         self.post_init()
 
@@ -1031,12 +1051,13 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    numbers_images = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        _announce_slow_mamba()
+        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_ONE_NOTICE)
         return NemotronHBackbone(text_config)
 
     @staticmethod

@@ -49,6 +49,8 @@ logger = logging.get_logger(__name__)
 IMAGE_TOKEN = "<image>"
 IMAGE_START_TOKEN = "<img>"
 IMAGE_END_TOKEN = "</img>"
+THINK_START = "<think>"
+THINK_END = "</think>"
 
 # Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
@@ -253,7 +255,32 @@ def image_token_id_of(tokenizer: Any) -> int:
     return token_id
 
 
-def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tuple[str, list[Any]]:
+def leading_images(num_images: int, numbered: bool) -> str:
+    """Write the placeholders of images in front of a text, a line for each, or numbered on one line (12B V2)."""
+    if not numbered or num_images < 2:
+        return f"{IMAGE_TOKEN}\n" * num_images
+    return " ".join(f"<image {number}>{IMAGE_TOKEN}" for number in range(1, num_images + 1)) + "\n"
+
+
+def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
+    """Part what the 12B V2 wrote into its reasoning and its answer, both stripped.
+
+    Args:
+        text: what the model wrote. The prompt opens the reasoning, so that `<think>` itself may be missing.
+        thinking: the prompt asked for reasoning: a text without `</think>` is reasoning that was cut off.
+
+    Returns:
+        `(reasoning, answer)`; one of them is empty where the model wrote only the other.
+    """
+    reasoning, end, answer = text.partition(THINK_END)
+    if not end and not (thinking or text.lstrip().startswith(THINK_START)):
+        reasoning, answer = "", text
+    return reasoning.strip().removeprefix(THINK_START).strip(), answer.strip()
+
+
+def flatten_content(
+    content: Any, guard: ControlTokenGuard | None = None, images_first: bool = False
+) -> tuple[str, list[Any]]:
     """Turn the content of a message into one string with `<image>` placeholders, and its images.
 
     An image stands on a line of its own, as in training: a line feed follows it unless the text brings one.
@@ -262,6 +289,8 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
         content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
             the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
         guard: protects the text; None leaves it as it is.
+        images_first: the format of the 12B V2: all images in front, and no line feeds at the start of the text after
+            them. A text that is not protected and says `<image>` itself places them instead.
 
     Returns:
         the string, and one picture per image part (None where the part carries none).
@@ -276,6 +305,8 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
             f"The content of a message must be a string or a list of parts like {{'type': 'text', 'text': ...}}, got "
             f"{content!r:.80}."
         )
+    if images_first and (content is None or isinstance(content, str)):
+        return guard.protect(parts[0]) if guard else parts[0], []
     texts, images, after_image = [""], [], False  # texts before, between and after the images
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
@@ -291,7 +322,7 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
                 f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
                 "Send a PDF page or a video frame as an image."
             )
-        texts[-1] += "\n" if after_image and not piece.startswith("\n") else ""
+        texts[-1] += "\n" if after_image and not images_first and not piece.startswith("\n") else ""
         after_image = kind != "text"
         if after_image:
             images.append(_picture_of(part))
@@ -299,6 +330,11 @@ def flatten_content(content: Any, guard: ControlTokenGuard | None = None) -> tup
         else:
             texts[-1] += piece
     # Protected as a whole: two harmless parts may join to a control token.
+    if images_first:
+        text = "".join(texts)
+        placed = guard is None and IMAGE_TOKEN in text
+        text = guard.protect(text) if guard else text
+        return ("" if placed else leading_images(len(images), numbered=True)) + text.lstrip("\n"), images
     return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
 
 
@@ -340,6 +376,8 @@ def build_chat_prompts(
     image_tag_type: str,
     system_prompt: str | None = None,
     max_length: int | None = None,
+    numbers_images: bool = False,
+    enable_thinking: bool | None = None,
 ) -> list[ChatPrompt]:
     """Turn the arguments of `chat()` into one prompt per question.
 
@@ -354,6 +392,8 @@ def build_chat_prompts(
         image_tag_type: see `image_run`.
         system_prompt: text of a system block.
         max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
+        numbers_images: number the placeholders that are put in front of a question (12B V2).
+        enable_thinking: variable of the chat template; None leaves it to the texts and the template.
 
     Raises:
         ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
@@ -371,7 +411,7 @@ def build_chat_prompts(
     for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
         text = str.__str__(text)  # as in ControlTokenGuard.protect
         if not pairs and IMAGE_TOKEN not in text:
-            text = f"{IMAGE_TOKEN}\n" * len(tile_counts) + text
+            text = leading_images(len(tile_counts), numbers_images) + text
         spans = []
         for count in tile_counts:
             spans.append(range(first_tile, first_tile + count))
@@ -381,7 +421,7 @@ def build_chat_prompts(
             num_images = sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs[:num_turns])
             runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans[num_images:]]
             messages = _chat_messages(text, pairs[num_turns:], system_prompt)
-            ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id)
+            ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
             tiles = [tile for span in spans[num_images:] for tile in span]
             return ChatPrompt(ids, tiles, text, pairs[num_turns:], rendered)
 
@@ -404,15 +444,25 @@ def build_chat_prompts(
 
 
 def _encode_chat(
-    tokenizer: Any, messages: list[dict[str, str]], runs: list[list[str | int]], image_token_id: int
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    runs: list[list[str | int]],
+    image_token_id: int,
+    enable_thinking: bool | None,
 ) -> tuple[list[int], str]:
     """Return the ids of the messages, in which only the user's `<image>` is more than text, and the rendered text."""
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    if options and "enable_thinking" not in tokenizer.get_chat_template():
+        raise ValueError(
+            f"enable_thinking={enable_thinking} has no effect: the tokenizer's chat template does not read it. The 8B V1 "
+            "does not think; a foreign template of the 12B V2 may be told by /think or /no_think in the text."
+        )
     guard = ControlTokenGuard(tokenizer, messages)
     safe = [
         {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
     ]
     try:
-        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, **options)
     except TEMPLATE_ERRORS as error:
         raise ValueError(f"The tokenizer's chat template refuses these messages: {error}") from error
     ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
@@ -495,6 +545,7 @@ class NemotronVLProcessor(ProcessorMixin):
         ValueError: if the tokenizer has no `<image>` token.
     """
 
+    images_first = False  # where a message has its images in the prompt, see `flatten_content`
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
@@ -534,8 +585,8 @@ class NemotronVLProcessor(ProcessorMixin):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
             raise OSError(
-                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship Meta's "
-                "tokenizer of the 8B: `python -m tools.adopt` brings it along with the weights of a download."
+                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship the "
+                "tokenizers of the released models: `python -m tools.adopt` brings them along with the weights of a download."
             ) from error
         tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
         tokenizer.padding_side = "left"  # generation goes on at the right
@@ -766,7 +817,7 @@ class NemotronVLProcessor(ProcessorMixin):
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
         tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
-        flattened = [_flatten_conversation(messages, guard) for messages in conversations]
+        flattened = [_flatten_conversation(messages, guard, self.images_first) for messages in conversations]
         if guard:
             tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
         try:
@@ -838,6 +889,21 @@ class NemotronVLProcessor(ProcessorMixin):
         return files
 
 
+class NemotronVLV2Processor(NemotronVLProcessor):
+    """The processor of the 12B V2: images come first in a message, and the chat template can ask for reasoning.
+
+    `apply_chat_template(..., enable_thinking=True)` asks for it; without the argument the last `/think` or `/no_think`
+    in a system or user text decides, and without those there is none.
+    """
+
+    images_first = True
+
+    @staticmethod
+    def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
+        """Part what the model wrote into `(reasoning, answer)`; see the function of this name."""
+        return split_reasoning(text, thinking)
+
+
 def spell_for_every_version(tokenizer_config: Path) -> None:
     """Rewrite a tokenizer_config.json saved by transformers 5 in the words that 4.57 knows as well."""
     config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
@@ -893,7 +959,7 @@ def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:
 
 
 def _flatten_conversation(
-    messages: list[dict[str, Any]], guard: ControlTokenGuard | None
+    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, images_first: bool
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the messages with string contents, protected by `guard`, and their images in order."""
     flattened, images = [], []
@@ -903,10 +969,11 @@ def _flatten_conversation(
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TypeError(f"A message is a dict with a 'role' and a 'content', got {message!r:.80}.")
         others = {name: value for name, value in message.items() if name != "content" and value is not None}
-        content, pictures = flatten_content(message.get("content"), guard)
+        content, pictures = flatten_content(message.get("content"), guard, images_first)
         flattened.append({**(guard.protect(others) if guard else others), "content": content})
         images += pictures
     return flattened, images
 
 
 NemotronVLProcessor.register_for_auto_class()
+NemotronVLV2Processor.register_for_auto_class()

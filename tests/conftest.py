@@ -29,6 +29,23 @@ def golden_8b() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_12b() -> Path:
+    """The stored outputs for the 12B V2; their tests skip where the folder is absent."""
+    folder = GOLDEN / "12b-v2"
+    if not folder.is_dir():
+        pytest.skip(f"no golden outputs at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_v2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint of the 12B V2, with our code beside it."""
+    from tools.tiny_checkpoint import make_tiny_checkpoint
+
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny-v2.checkpoint"), v2=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in the published layout, with our code beside it."""
     from tools.tiny_checkpoint import make_tiny_checkpoint

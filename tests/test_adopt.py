@@ -470,7 +470,8 @@ def test_a_config_that_announces_quantised_weights_beside_plain_ones(source, cap
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "NemotronH_Nano_VL_V2"}, "config.json is no Llama_Nemotron_Nano_VL"),
+        ({"model_type": "NemotronH_Nano_VL_V2"}, "config.json is no NemotronH_Nano_VL_V2 that can be read"),
+        ({"model_type": "llava"}, "config.json is no Llama_Nemotron_Nano_VL that can be read"),
         ({"patch_size": 14}, "contradicts itself about patch_size"),
         ({"projector_hidden_size": 49}, "3 tensors have a wrong shape"),
         ({"projector_hidden_size": -1}, "projector_hidden_size must be a whole number"),

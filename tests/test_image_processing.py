@@ -779,7 +779,8 @@ def test_public_contract_is_frozen():
         "do_rescale: bool = True, rescale_factor: float = 0.00392156862745098, do_normalize: bool = False, "
         "image_mean: collections.abc.Sequence[float] | None = None, "
         "image_std: collections.abc.Sequence[float] | None = None, do_convert_rgb: bool = True, "
-        "device: str | torch.device | None = None, patch_size: int = 16, downsample_ratio: float = 0.5, **kwargs: Any)"
+        "device: str | torch.device | None = None, patch_size: int = 16, downsample_ratio: float = 0.5, "
+        "grid_rule: str = 'area', interpolation: str = 'bilinear', **kwargs: Any)"
     )
     assert NemotronVLImageProcessor.model_input_names == ["pixel_values", "num_patches"]
 

@@ -165,6 +165,12 @@ def test_objects_that_a_template_would_write_are_refused(impostor, place):
         calls[place]()
 
 
+@pytest.mark.parametrize("system_prompt", [3, ["x"], [{"type": "text", "text": "x"}], {"a": "x"}, b"x", True])
+def test_system_prompts_of_wrong_kind_are_refused(system_prompt):
+    with pytest.raises(TypeError, match="system_prompt must be a string or None"):
+        chat_prompt("Hi", system_prompt=system_prompt)
+
+
 def test_strings_of_other_classes_are_written_as_plain_ones():
     class Escaping(str):
         def __add__(self, other):

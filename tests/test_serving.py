@@ -282,6 +282,23 @@ def test_a_flat_directory_is_served(tiny_checkpoint, tmp_path):
         assert completion.usage.completion_tokens <= 3
 
 
+def test_the_12b_v2_is_served_and_can_be_asked_to_reason(tiny_v2_checkpoint, tmp_path):
+    _, processor = load(tiny_v2_checkpoint)
+    messages = [user(image_part(Image.new("RGB", (60, 40))), text_part("Hi"))]
+    for tiny in serve(tiny_v2_checkpoint, tmp_path / "log.txt"):
+        for thinking in (True, False):
+            completion = tiny.chat.completions.create(
+                model=tiny_v2_checkpoint.name,
+                messages=messages,
+                max_tokens=3,
+                extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
+            )
+            prompt = processor.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, enable_thinking=thinking
+            )
+            assert completion.usage.prompt_tokens == len(prompt[0])
+
+
 def test_missing_packages_are_named():
     code = "import sys; sys.modules['uvicorn'] = None; import tools.serve"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

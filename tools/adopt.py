@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig
-from nemotron_vl.image_processing import NemotronVLImageProcessor
+from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig, NemotronVLV2Config
+from nemotron_vl.image_processing import V2_RECIPE, NemotronVLImageProcessor
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -30,6 +30,7 @@ from . import ROOT
 from .weights import (
     CONFIG_ERRORS,
     INDEX_FILE,
+    MODELS,
     SINGLE_FILE,
     TORCH_DTYPES,
     CheckpointError,
@@ -43,6 +44,8 @@ from .weights import (
 
 # Asked of the tokenizer, with ours in its place where the vocabulary has it.
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token")
+# Where our files for a member of the family lie.
+FOLDERS = {NemotronVLConfig.model_type: ROOT, NemotronVLV2Config.model_type: ROOT / "v2"}
 # A tokenizer without a context length says 10^30.
 LARGEST_CONTEXT = 10**9
 
@@ -81,6 +84,11 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def ours(self) -> Path:
+        """The folder with our files for this member of the family."""
+        return FOLDERS[self.config.model_type]
+
     def report(self) -> str:
         """Return the findings as text for people."""
         weights = self.weights
@@ -104,13 +112,16 @@ def inspect(source: Path) -> Inspection:
             f"{source} is not a directory. Download the checkpoint first: hf download ID --local-dir DIR."
         )
         return found
+    config_class = NemotronVLConfig
     try:
         config_dict = read_json(source / "config.json")
-        found.config = NemotronVLConfig.from_pretrained(source)
+        model = MODELS.get(config_dict.get("model_type"))
+        config_class = model.config_class if model else NemotronVLConfig
+        found.config = config_class.from_pretrained(source)
     except CheckpointError as error:
         found.problems.append(str(error))
-    except CONFIG_ERRORS as error:
-        found.problems.append(f"config.json is no {NemotronVLConfig.model_type} that can be read: {error}")
+    except (*CONFIG_ERRORS, ImportError) as error:
+        found.problems.append(f"config.json is no {config_class.model_type} that can be read: {error}")
     if found.config is None:
         return found
     found.weights = check_weights(source, found.config)
@@ -176,7 +187,7 @@ def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
         )
     template = _source_template(source, tokenizer)
     path = source / "special_tokens_map.json"
-    tokenizer = _spell_for_every_version(tokenizer, read_json(path) if path.exists() else {}, added, config)
+    tokenizer = _spell_for_every_version(found, tokenizer, read_json(path) if path.exists() else {}, added)
     for name in ("bos_token", "eos_token"):
         if name not in tokenizer:
             found.problems.append(f"The tokenizer files name no {name}.")
@@ -200,9 +211,10 @@ def _added_tokens(vocabulary: dict[str, Any], tokenizer: dict[str, Any]) -> dict
 
 
 def _spell_for_every_version(
-    tokenizer: dict[str, Any], special: dict[str, Any], added: dict[str, int], config: Any
+    found: Inspection, tokenizer: dict[str, Any], special: dict[str, Any], added: dict[str, int]
 ) -> dict[str, Any]:
-    ours = read_json(ROOT / "tokenizer_config.json")
+    ours = read_json(found.ours / "tokenizer_config.json")
+    text_config = found.config.llm_config
     extra = tokenizer.get("extra_special_tokens")
     if isinstance(extra, list):  # transformers 5 writes a list where 4.57 takes only a dict
         tokenizer["additional_special_tokens"] = extra
@@ -213,12 +225,14 @@ def _spell_for_every_version(
     for name in NAMED_TOKENS:
         candidates = [tokenizer.get(name), special.get(name), ours[name] if ours[name] in added else None]
         if name == "pad_token":
-            candidates += ["<|end_of_text|>" if "<|end_of_text|>" in added else None, tokenizer.get("eos_token")]
+            candidates += ["<|end_of_text|>" if "<|end_of_text|>" in added else None]
+            candidates += [token for token, token_id in added.items() if token_id == text_config.pad_token_id]
+            candidates += [tokenizer.get("eos_token")]
         tokenizer[name] = next((token for token in candidates if token), None)
         if tokenizer[name] is None:
             del tokenizer[name]
     if not 0 < (tokenizer.get("model_max_length") or 0) < LARGEST_CONTEXT:
-        tokenizer["model_max_length"] = config.max_sequence_length
+        tokenizer["model_max_length"] = found.config.max_sequence_length
     for name in ("clean_up_tokenization_spaces", "model_input_names", "padding_side"):
         tokenizer.setdefault(name, ours[name])
     return {**tokenizer, "processor_class": ours["processor_class"], "tokenizer_class": ours["tokenizer_class"]}
@@ -250,13 +264,13 @@ def _source_template(source: Path, tokenizer: dict[str, Any]) -> str | None:
 
 def _choose_template(found: Inspection, template: str | None, tokenizer: dict[str, Any]) -> str:
     """Ours, which also takes lists of parts and marks the assistant's text, unless theirs makes other prompts."""
-    ours = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    ours = (found.ours / "chat_template.jinja").read_text(encoding="utf-8")
     tokens = {name: _text_of(tokenizer.get(name, "")) for name in NAMED_TOKENS}
     if template is None or _prompts_of(template, tokens) == _prompts_of(ours, tokens):
         return ours
     found.notes.append(
-        "The source's chat template makes other prompts than the published Llama 3.1 format; it is kept. Without "
-        "{% generation %} in it there are no assistant masks."
+        "The source's chat template makes other prompts than the published format; it is kept. Without {% generation %} "
+        "in it there are no assistant masks."
     )
     return template
 
@@ -279,6 +293,8 @@ def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
     """Our image processor with the source's options, and our processor."""
     config, source = found.config, found.source
     options: dict[str, Any] = {"image_size": config.force_image_size}
+    if config.vision_config.external_normalization:
+        options |= {**V2_RECIPE, "image_mean": config.norm_mean, "image_std": config.norm_std}
     if (source / "preprocessor_config.json").exists():
         options |= read_json(source / "preprocessor_config.json")
     elif (source / "processor_config.json").exists():  # transformers 5 saves the image processor inside
@@ -287,7 +303,7 @@ def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
         found.notes.append("There is no preprocessor_config.json; the published options are used.")
     options |= {"patch_size": config.patch_size, "downsample_ratio": config.downsample_ratio}
     try:
-        preprocessor = NemotronVLImageProcessor(**options).to_dict()
+        preprocessor = NemotronVLImageProcessor.from_dict(options).to_dict()
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"preprocessor_config.json cannot be used: {error}") from None
     if preprocessor["image_size"] != config.force_image_size:
@@ -295,7 +311,7 @@ def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
             f"preprocessor_config.json cuts tiles of {preprocessor['image_size']} px, config.json says "
             f"{config.force_image_size} px."
         )
-    processor = read_json(ROOT / "processor_config.json") | {"image_tag_type": config.image_tag_type}
+    processor = read_json(found.ours / "processor_config.json") | {"image_tag_type": config.image_tag_type}
     preprocessor["auto_map"] = {**preprocessor["auto_map"], **processor["auto_map"]}
     preprocessor["processor_class"] = processor["processor_class"]
     return {"preprocessor_config.json": _json(preprocessor), "processor_config.json": _json(processor)}

@@ -1,6 +1,7 @@
 """Write the model.safetensors.index.json that the weights of a config have, without any weights.
 
     python -m tools.build_index                       # the root's, for the 8B
+    python -m tools.build_index v2                    # for the 12B V2
     python -m tools.build_index DIR --max-shard-size 2
 
 An index says which file holds which tensor. Tensors fill the files in the order of the model; the root's index stands
@@ -13,17 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
-
 from . import ROOT
-from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_tensors, make_index
+from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_tensors, make_index, model_class
 
 
 def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -> dict[str, Any]:
     """Return the index of a model's weights.
 
     Args:
-        config: a `NemotronVLConfig`.
+        config: a `NemotronVLConfig` or `NemotronVLV2Config`.
         max_shard_size: largest size of a file in GB (10^9 bytes).
         dtype: of every tensor, in safetensors' words.
     """
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes")
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="BF16")
     arguments = parser.parse_args(argv)
-    config = NemotronVLConfig.from_pretrained(arguments.folder)
+    config = model_class(arguments.folder).config_class.from_pretrained(arguments.folder)
     index = build_index(config, arguments.max_shard_size, arguments.dtype)
     path = arguments.folder / INDEX_FILE
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

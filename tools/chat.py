@@ -48,6 +48,7 @@ def tile_grid(image_processor: Any, picture: Image.Image) -> tuple[int, int]:
         image_size=image_processor.image_size,
         max_num_tiles=image_processor.max_num_tiles,
         upscale=image_processor.upscale,
+        grid_rule=image_processor.grid_rule,
     )
 
 

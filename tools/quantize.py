@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
 from nemotron_vl.quantization_nemotron_vl import (
     AWQ_SHIFTS,
     E2M1_VALUES,
@@ -38,6 +37,8 @@ from nemotron_vl.quantization_nemotron_vl import (
 from PIL import Image
 from torch import nn
 
+from .weights import model_class
+
 FORMAT_NAMES = {"nvfp4": "NVFP4", "fp8": "FP8", "awq": "AWQ GEMM"}
 MODELOPT_VERSION = "0.47.0"
 E4M3_MAX = 448.0
@@ -46,12 +47,21 @@ E2M1_MAX = 6.0
 DEFAULT_PROMPT = "Read all the text in this picture."
 
 # Layers of a block that take the same input, and what that input comes out of. Engines run a group as one layer, so it
-# shares its scales; AWQ moves magnitude between a group and its source.
-GROUPS = (
+# shares its scales; AWQ moves magnitude between a group and its source, where there is one that scales linearly.
+LLAMA_GROUPS = (
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
     (("self_attn.o_proj",), "self_attn.v_proj"),
     (("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
     (("mlp.down_proj",), "mlp.up_proj"),
+)
+# A block is attention, Mamba or MLP.
+NEMOTRON_H_GROUPS = (
+    (("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"), "norm"),
+    (("mixer.o_proj",), "mixer.v_proj"),
+    (("mixer.in_proj",), "norm"),
+    (("mixer.out_proj",), "mixer.norm"),
+    (("mixer.up_proj",), "norm"),
+    (("mixer.down_proj",), None),  # behind a squared ReLU
 )
 AWQ_STEPS = 20
 NUM_SAMPLE_ROWS = 512
@@ -161,11 +171,18 @@ class InputStatistics:
 
 def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The decoder blocks of the language model and their names."""
-    return [(f"language_model.model.layers.{i}", block) for i, block in enumerate(model.get_decoder().layers)]
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[block], block) for block in model.get_decoder().layers]
 
 
-def linears_of(block: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
-    return [(name, block.get_submodule(name)) for names, _ in GROUPS for name in names]
+def groups_of(block: nn.Module, keep: Iterable[str] = ()) -> list[tuple[tuple[str, ...], str | None]]:
+    """The groups of layers that a block has and that are not to keep, see `LLAMA_GROUPS`."""
+    layers = {name for name, _ in block.named_modules() if name.rsplit(".", 1)[-1] not in keep}
+    return [(names, source) for names, source in (*LLAMA_GROUPS, *NEMOTRON_H_GROUPS) if layers.issuperset(names)]
+
+
+def linears_of(block: nn.Module, keep: Iterable[str] = ()) -> Iterable[tuple[str, nn.Linear]]:
+    return [(name, block.get_submodule(name)) for names, _ in groups_of(block, keep) for name in names]
 
 
 @torch.no_grad()
@@ -243,10 +260,14 @@ def awq_input_scales(layers: list[nn.Linear], statistics: InputStatistics, group
 
 
 @torch.no_grad()
-def scale_for_awq(model: nn.Module, statistics: dict[str, InputStatistics], group_size: int) -> None:
+def scale_for_awq(
+    model: nn.Module, statistics: dict[str, InputStatistics], group_size: int, keep: Iterable[str] = ()
+) -> None:
     """Move magnitude between layers so that AWQ's rounding hurts least; the model computes the same as before."""
     for block_name, block in blocks_of(model):
-        for names, source_name in GROUPS:
+        for names, source_name in groups_of(block, keep):
+            if source_name is None:
+                continue
             source = block.get_submodule(source_name)
             layers = [block.get_submodule(name) for name in names]
             if len(source.weight) != layers[0].in_features:
@@ -285,26 +306,29 @@ def quantize_model(
     format_name: str,
     statistics: dict[str, InputStatistics] | None = None,
     group_size: int = 128,
+    keep: Iterable[str] = (),
 ) -> Report:
     """Replace the Linear layers of the decoder blocks by packed ones, in place.
 
     Args:
-        model: a `Llama_Nemotron_Nano_VL` in full precision.
+        model: a model of the family in full precision.
         format_name: "nvfp4", "fp8" or "awq".
         statistics: of `calibrate`; without them there is no `input_scale`, and AWQ is plain rounding.
         group_size: inputs that share a scale, AWQ only.
+        keep: layers to leave alone, by the last part of their names; with one of them its whole group.
 
     Raises:
         ValueError: if the model is quantised already, or a layer does not divide into groups.
     """
     if next(packed_linears(model), None) is not None:
         raise ValueError("The model is quantised already; start from the BF16 checkpoint.")
-    _check_divisible(model, format_name, group_size)
+    keep = frozenset(keep)
+    _check_divisible(model, format_name, group_size, keep)
     if format_name == "awq" and statistics:
-        scale_for_awq(model, statistics, group_size)
+        scale_for_awq(model, statistics, group_size, keep)
     report = Report()
     for block_name, block in blocks_of(model):
-        for names, _ in GROUPS:
+        for names, _ in groups_of(block, keep):
             amax = torch.stack([block.get_submodule(name).weight.abs().amax() for name in names]).amax()
             for name in names:
                 layer = block.get_submodule(name)
@@ -319,14 +343,15 @@ def quantize_model(
                 report.errors[f"{block_name}.{name}"] = float(difference.norm() / original.norm())
                 parent, _, attribute = name.rpartition(".")
                 setattr(block.get_submodule(parent), attribute, packed)
-    model.config.quantization_config = PackedConfig(stored=quantization_config(format_name, group_size))
+    kept = [f"*.{name}" for name in sorted(keep)]
+    model.config.quantization_config = PackedConfig(stored=quantization_config(format_name, group_size, kept))
     return report
 
 
-def _check_divisible(model: nn.Module, format_name: str, group_size: int) -> None:
+def _check_divisible(model: nn.Module, format_name: str, group_size: int, keep: Iterable[str]) -> None:
     divisors = {"nvfp4": (NVFP4_BLOCK, 1), "fp8": (1, 1), "awq": (group_size, 8)}[format_name]
     for block_name, block in blocks_of(model):
-        for name, layer in linears_of(block):
+        for name, layer in linears_of(block, keep):
             if layer.in_features % divisors[0] or layer.out_features % divisors[1]:
                 raise ValueError(
                     f"{block_name}.{name} has {layer.in_features} inputs and {layer.out_features} outputs; {format_name} "
@@ -352,7 +377,7 @@ def make_packed_linear(linear: nn.Linear, format_name: str, tensors: dict[str, t
     return packed
 
 
-def quantization_config(format_name: str, group_size: int) -> dict[str, Any]:
+def quantization_config(format_name: str, group_size: int, kept: Iterable[str] = ()) -> dict[str, Any]:
     """Return the block for config.json in the words of the tool whose layout it is."""
     if format_name == "awq":
         return {
@@ -361,13 +386,13 @@ def quantization_config(format_name: str, group_size: int) -> dict[str, Any]:
             "group_size": group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": ["vision_model", "mlp1", "lm_head"],
+            "modules_to_not_convert": ["vision_model", "mlp1", "lm_head", *(name[2:] for name in kept)],
         }
     blocks = {"group_size": NVFP4_BLOCK} if format_name == "nvfp4" else {}
     tensors = {"dynamic": False, "num_bits": 4 if format_name == "nvfp4" else 8, "type": "float", **blocks}
     return {
         "config_groups": {"group_0": {"input_activations": tensors, "weights": tensors, "targets": ["Linear"]}},
-        "ignore": ["language_model.lm_head", "vision_model*", "mlp1*"],
+        "ignore": ["language_model.lm_head", "vision_model*", "mlp1*", *kept],
         "quant_algo": FORMAT_NAMES[format_name],
         "producer": {"name": "modelopt", "version": MODELOPT_VERSION},
         "quant_method": "modelopt",
@@ -416,16 +441,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="question asked about each picture: %(default)s")
     parser.add_argument("--group-size", type=int, default=128, help="AWQ: inputs per scale (default %(default)s)")
+    parser.add_argument(
+        "--keep", nargs="+", default=[], metavar="LAYER", help="leave these alone: in_proj out_proj ..."
+    )
     parser.add_argument("--device", default="cpu", help="where to compute (default %(default)s)")
     options = parser.parse_args(argv)
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty; name a new folder.")
-    model = Llama_Nemotron_Nano_VL.from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
-    processor = NemotronVLProcessor.from_pretrained(options.source)
+    model = model_class(options.source).from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
+    processor_class = NemotronVLV2Processor if model.numbers_images else NemotronVLProcessor
+    processor = processor_class.from_pretrained(options.source)
     statistics = calibrate(
         model, picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
     )
-    report = quantize_model(model, options.format, statistics, options.group_size)
+    report = quantize_model(model, options.format, statistics, options.group_size, options.keep)
     save(model, options.source, options.out)
     before, after = folder_size(options.source), folder_size(options.out)
     for name, error in report.errors.items():

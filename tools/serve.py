@@ -38,7 +38,8 @@ except ImportError as error:
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")  # the stock server also loads any model for any client
 ROLES = ("system", "user", "assistant", "tool")
-IMAGE_OPTIONS = ("max_num_tiles", "use_thumbnail", "upscale")
+# What chat_template_kwargs may hold; the 8B's processor refuses enable_thinking itself.
+REQUEST_OPTIONS = ("max_num_tiles", "use_thumbnail", "upscale", "enable_thinking")
 ANY = object()
 # Fields of OpenAI's that the stock server ignores, with the value that asks for nothing.
 ASKS_NOTHING: dict[str, Any] = {
@@ -162,8 +163,8 @@ def check_options(body: dict[str, Any]) -> None:
         if value is not None and not (isinstance(value, (int, float)) and lowest <= value <= highest):
             raise ValueError(f"{name} must be a number from {lowest} to {highest}, got {value!r:.80}.")
     options = body.get("chat_template_kwargs", {})
-    if not isinstance(options, dict) or not options.keys() <= set(IMAGE_OPTIONS):
-        raise ValueError(f"chat_template_kwargs may hold {', '.join(IMAGE_OPTIONS)}, got {options!r:.80}.")
+    if not isinstance(options, dict) or not options.keys() <= set(REQUEST_OPTIONS):
+        raise ValueError(f"chat_template_kwargs may hold {', '.join(REQUEST_OPTIONS)}, got {options!r:.80}.")
 
 
 def check_messages(messages: Any) -> None:

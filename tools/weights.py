@@ -14,9 +14,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.configuration_nemotron_vl import MIXTURE_OF_EXPERTS
+from nemotron_vl.modeling_nemotron_vl import PREFIX_TOKENS, Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
 from nemotron_vl.quantization_nemotron_vl import TensorHeader, is_quantised, pack_linears, packed_linears
 from safetensors import safe_open
+
+# The classes of the family by the model_type of their configs.
+MODELS = {model.config_class.model_type: model for model in (Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2)}
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,6 +85,18 @@ class WeightReport:
     formats: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def model_class(folder: Path) -> Any:
+    """Return the class that the checkpoint in a folder is of, by its config.json.
+
+    Raises:
+        CheckpointError: if config.json cannot be read, or is of another family.
+    """
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in MODELS:
+        raise CheckpointError(f"config.json says model_type {model_type!r}; known are {', '.join(MODELS)}.")
+    return MODELS[model_type]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -226,7 +242,7 @@ def expected_tensors(
         ValueError: if a quantised layer is incomplete, of another shape, or of an unknown format.
     """
     with torch.device("meta"):
-        model = Llama_Nemotron_Nano_VL(config)
+        model = MODELS[config.model_type](config)
         headers = {
             name: TensorHeader(own.dtype, own.shape, own.file, 0, own.num_bytes) for name, own in tensors.items()
         }
@@ -242,7 +258,10 @@ def is_optional(name: str, config: Any) -> bool:
 
 
 def check_weights(folder: Path, config: Any) -> WeightReport:
-    """Compare the safetensors files of `folder` with the model of `config`."""
+    """Compare the safetensors files of `folder` with the model of `config`.
+
+    The tower's class and register tokens are counted in their tensor; a config that says otherwise is corrected.
+    """
     report = WeightReport()
     try:
         read_tensors(folder, report)
@@ -251,6 +270,10 @@ def check_weights(folder: Path, config: Any) -> WeightReport:
     if not report.tensors:
         return report
     whole_files_are_missing = bool(report.problems)
+    if any(".mixer.experts." in name for name in report.tensors):
+        report.problems.append(MIXTURE_OF_EXPERTS)
+        return report
+    count_prefix_tokens(config.vision_config, report)
     for name in ("llm_config", "vision_config"):
         num_layers = getattr(config, name).num_hidden_layers
         if num_layers > len(report.tensors):  # building such a model might never end
@@ -271,6 +294,19 @@ def check_weights(folder: Path, config: Any) -> WeightReport:
     report.problems += compare(expected, report.tensors, config, packed)
     report.notes += remarks(expected, {n: t for n, t in report.tensors.items() if n not in packed}, config)
     return report
+
+
+def count_prefix_tokens(vision_config: Any, report: WeightReport) -> None:
+    """Make the config count as many class and register tokens as the checkpoint holds."""
+    stored = report.tensors[PREFIX_TOKENS].shape[0] if PREFIX_TOKENS in report.tensors else None
+    if stored in (None, vision_config.num_prefix_tokens) or stored < vision_config.num_cls_tokens:
+        return
+    report.notes.append(
+        f"{PREFIX_TOKENS} holds {stored} tokens, the config counts {vision_config.num_prefix_tokens}; the tensor is "
+        "right."
+    )
+    vision_config.num_registers = stored - vision_config.num_cls_tokens
+    vision_config.args["cpe_num_registers"] = vision_config.num_registers  # goes before register_multiple
 
 
 def check_values(folder: Path, report: WeightReport) -> list[str]:
