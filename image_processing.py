@@ -593,8 +593,9 @@ class NemotronVLImageProcessor(BaseImageProcessor):
             images: a picture or (nested) lists of pictures; an empty list gives an empty result.
             return_tensors: None, "pt" or "np".
             input_data_format: "channels_first" or "channels_last", for arrays.
-            kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping` and
-                `data_format="channels_first"` are accepted from older clients and change nothing.
+            kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping`,
+                `data_format="channels_first"` and InternVL's `crop_to_patches=True` are accepted from other clients
+                and change nothing.
 
         Returns:
             `pixel_values`: `(num_tiles, 3, image_size, image_size)`, float32 in 0..1 by default, the tiles of all
@@ -661,6 +662,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         given = {name: value for name, value in given.items() if value is not None}
         for name in ("use_fast", "disable_grouping", "return_tensors", "input_data_format"):
             given.pop(name, None)
+        if given.pop("crop_to_patches", True) is not True:
+            raise ValueError("Pictures are always cut into tiles; for one tile a picture pass max_num_tiles=1.")
         data_format = given.pop("data_format", "channels_first")
         if getattr(data_format, "value", data_format) != "channels_first":
             raise ValueError(f"pixel_values are channels_first, data_format={data_format!r} is not supported.")

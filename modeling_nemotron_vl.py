@@ -23,7 +23,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
@@ -97,7 +101,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = "model"
+    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -202,6 +206,16 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
 
     @property
+    def model(self) -> "ModelWithoutHead":
+        """The model without its head, under the field's usual name."""
+        return ModelWithoutHead(self)
+
+    @property
+    def base_model(self) -> "ModelWithoutHead":
+        """The model without its head, under transformers' name."""
+        return self.model
+
+    @property
     def vision_tower(self) -> RADIOModel:
         """The tower, under the field's usual name."""
         return self.vision_model
@@ -302,8 +316,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
-        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
-            pixel_values = pixel_values.to(self.vision_model.device)
+        pixel_values = _move(pixel_values, self.vision_model.device)
         if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
             pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
@@ -318,10 +331,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             merged = merged.transpose(1, 2)
         return merged.flatten(1, 2)
 
+    def _projector_norm(self) -> torch.Tensor:
+        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
+        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
+
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        # The LayerNorm's weight tells dtype and device: it is never quantised, a Linear's may be.
-        norm = self.mlp1[0].weight
-        return self.mlp1(merged.to(norm.dtype))
+        return self.mlp1(merged.to(self._projector_norm().dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -360,6 +375,27 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | Sequence[int] | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling | None]:
+        """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+        return self._insert_images(input_ids, inputs_embeds, image_outputs), image_outputs
 
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
@@ -407,16 +443,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_outputs)
+        inputs_embeds, image_outputs = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+        )
+        # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
+        if position_ids is not None:
+            position_ids = position_ids.to(inputs_embeds.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -473,8 +505,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if input_ids is not None:
             self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
-            projected = self._project(visual_features.to(self.mlp1[0].weight.device))
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
+            projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
             if pixel_values.dtype != torch.uint8:
@@ -681,7 +715,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
         elif pixel_values is not None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
@@ -838,6 +874,46 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
 
 
+class ModelWithoutHead:
+    """A model without its head: prompts and pictures to hidden states.
+
+    TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
+    of a long page never exist at once. This is a view and no module: the weights keep their published names.
+
+    Args:
+        whole: the model.
+    """
+
+    def __init__(self, whole: NemotronVLModel):
+        self._whole = whole
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_flags: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states.
+
+        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
+
+        Returns:
+            `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
+        """
+        inputs_embeds, _ = self._whole._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+        )
+        decoder = self._whole.get_decoder()
+        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+
 class _AnswerStream(TextIteratorStreamer):
     """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
 
@@ -865,6 +941,11 @@ def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     """Return the ids before the first end token."""
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:

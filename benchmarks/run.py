@@ -109,6 +109,9 @@ def picture(lines: list[dict[str, object]]) -> Image.Image:
 def render(path: Path) -> None:
     """Write `.md` and `.png` beside a `.jsonl`."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line.get("benchmark") in NAMES]
+    if not lines:  # of a benchmark with a table of its own
+        return
     path.with_suffix(".md").write_text(table(lines), encoding="utf-8")
     picture(lines).save(path.with_suffix(".png"), optimize=True)
 

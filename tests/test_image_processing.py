@@ -846,3 +846,12 @@ def test_module_needs_no_sibling_and_no_torchvision():
     assert get_relative_imports(path) == []
     needed = {name.split(".")[0] for name in get_imports(path)} - set(sys.stdlib_module_names)
     assert needed == {"numpy", "PIL", "torch", "transformers"}
+
+
+def test_internvls_switch_for_cutting_is_understood():
+    """TRL's GRPO asks for the counts of tiles with it."""
+    processor = NemotronVLImageProcessor(image_size=64)
+    picture = Image.new("RGB", (200, 100))
+    assert processor([[picture]], crop_to_patches=True)["num_patches"] == processor(picture)["num_patches"]
+    with pytest.raises(ValueError, match="max_num_tiles=1"):
+        processor(picture, crop_to_patches=False)
