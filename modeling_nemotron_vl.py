@@ -9,8 +9,10 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
+import inspect
 import operator
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +23,18 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
 from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
+from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
@@ -46,6 +53,10 @@ PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
+
+
+# Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
+COMPILED_DEVICES = ("cuda",)
 
 
 @dataclass
@@ -91,7 +102,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = "model"
+    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -128,7 +139,8 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with _naming_the_install():
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if dequantization is not None:
             dequantization.finish(model)
@@ -141,6 +153,20 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
         return loaded
 
 
+@contextlib.contextmanager
+def _naming_the_install() -> Iterator[None]:
+    """Add the remedy to transformers' error for an attention whose package is absent."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not str(error).startswith("FlashAttention"):
+            raise
+        raise ImportError(
+            f"{error} Install it (`pip install flash-attn --no-build-isolation`, it needs CUDA), or leave "
+            "attn_implementation out: the default, sdpa, needs nothing."
+        ) from error
+
+
 class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
@@ -148,6 +174,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
 
+    takes_levels = True  # uint8 tiles, rescaled where the tower is
     numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
@@ -178,6 +205,16 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     def _pixel_limits(self) -> tuple[float, float, str]:
         """Return the smallest and the largest value of a tile, and what to do about others."""
         raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+
+    @property
+    def model(self) -> "ModelWithoutHead":
+        """The model without its head, under the field's usual name."""
+        return ModelWithoutHead(self)
+
+    @property
+    def base_model(self) -> "ModelWithoutHead":
+        """The model without its head, under transformers' name."""
+        return self.model
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -228,6 +265,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
+                The 8B V1 also takes uint8 levels (`do_rescale=False` of the image processor), rescaled on its device.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -240,6 +278,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
         _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        if pixel_values.dtype == torch.uint8 and not self.takes_levels:
+            raise ValueError(
+                "pixel_values are uint8 levels, but this model takes tiles that its image processor normalised."
+            )
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -275,8 +317,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
-        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
-            pixel_values = pixel_values.to(self.vision_model.device)
+        pixel_values = _move(pixel_values, self.vision_model.device)
+        if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
+            pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
@@ -289,10 +332,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             merged = merged.transpose(1, 2)
         return merged.flatten(1, 2)
 
+    def _projector_norm(self) -> torch.Tensor:
+        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
+        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
+
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        # The LayerNorm's weight tells dtype and device: it is never quantised, a Linear's may be.
-        norm = self.mlp1[0].weight
-        return self.mlp1(merged.to(norm.dtype))
+        return self.mlp1(merged.to(self._projector_norm().dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -326,6 +371,35 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | Sequence[int] | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        past_key_values: Any | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if torch.compiler.is_compiling():
+                num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+        image_features = _features_of(image_outputs)
+        if image_features is not None:
+            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
+        elif input_ids is not None and _begins_prompt(input_ids, past_key_values):
+            self._check_no_images(input_ids)
+        return inputs_embeds, image_features
 
     def _check_no_images(self, input_ids: torch.Tensor) -> None:
         """Raise if a prompt without images has image tokens."""
@@ -379,22 +453,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            if torch.compiler.is_compiling():
-                num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        image_features = _features_of(image_outputs)
-        if image_features is not None:
-            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
-        elif input_ids is not None and _begins_prompt(input_ids, past_key_values):
-            self._check_no_images(input_ids)
+        inputs_embeds, image_features = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
+        )
+        # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
+        if position_ids is not None:
+            position_ids = position_ids.to(inputs_embeds.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -439,7 +503,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
-            kwargs: everything `GenerationMixin.generate` takes.
+            kwargs: everything `GenerationMixin.generate` takes. On CUDA a generation that names no cache gets a static
+                one and a compiled decode step, the first of which takes a while; `disable_compile=True` leaves the
+                dynamic cache, and so does everything that a static one cannot serve (see `_wants_static_cache`).
 
         Raises:
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
@@ -449,11 +515,14 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if input_ids is not None:
             self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
-            projected = self._project(visual_features.to(self.mlp1[0].weight.device))
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
+            projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
-            _check_pixel_range(pixel_values, *self._pixel_limits())
+            if pixel_values.dtype != torch.uint8:
+                _check_pixel_range(pixel_values, *self._pixel_limits())
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -462,7 +531,37 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_features, kwargs.get("past_key_values"))
         elif kwargs.get("inputs_embeds") is not None and image_features is not None:
             kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_features)
+        if not args and self._wants_static_cache(generation_config, kwargs):
+            kwargs["cache_implementation"] = "static"
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
+        """Say whether a generation is one that transformers compiles if its cache is static, and that names no cache.
+
+        Not those with beams, an assistant, a kept cache, no cache or chunks, a model on several devices or a state
+        that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
+        the thread that recorded them, and a thread per answer would record them each time.
+        """
+        sources = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
+
+        def given(name: str) -> Any:
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+        return (
+            self.device.type in COMPILED_DEVICES
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
+            and not self._is_stateful
+            and threading.current_thread() is threading.main_thread()
+            and given("use_cache") is not False
+            and not given("disable_compile")
+            and (given("num_beams") or 1) == 1
+            and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
+        )
 
     def _embed_prompt(
         self, input_ids: torch.Tensor, image_features: torch.Tensor | None, past_key_values: Any | None
@@ -644,7 +743,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
         elif pixel_values is not None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
@@ -799,6 +900,50 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
+# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found sooner.
+NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
+
+
+class ModelWithoutHead:
+    """A model without its head: prompts and pictures to hidden states.
+
+    TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
+    of a long page never exist at once. This is a view and no module: the weights keep their published names.
+
+    Args:
+        whole: the model.
+    """
+
+    def __init__(self, whole: NemotronVLModel):
+        self._whole = whole
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_flags: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states.
+
+        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
+
+        Returns:
+            `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
+        """
+        inputs_embeds, _ = self._whole._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+        )
+        decoder = self._whole.get_decoder()
+        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+
 class _AnswerStream(TextIteratorStreamer):
     """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
 
@@ -826,6 +971,11 @@ def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     """Return the ids before the first end token."""
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -1013,6 +1163,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    takes_levels = False
     numbers_images = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding

@@ -692,7 +692,9 @@ class NemotronVLProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask` (left-padded when padded; a bos token is added if the prompt has none),
             with images `pixel_values` and `num_patches`. On request `mm_token_type_ids` (1 for visual tokens and the
-            `<img>` and `</img>` around them) and `text_replacement_offsets` (see `replacement_offsets`).
+            `<img>` and `</img>` around them) and `text_replacement_offsets` (see `replacement_offsets`). A
+            client that passes on only what it knows sets `image_processor.model_input_names = ["pixel_values"]`: the
+            model does not need `num_patches`.
 
         Raises:
             ValueError: if placeholders and images differ in number, for videos or audio, if a truncation would cut an
@@ -725,11 +727,11 @@ class NemotronVLProcessor(ProcessorMixin):
         flat_images, images_per_text = group_images(images)
         features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
         if flat_images:
-            data.update(features)
+            data.update({name: features[name] for name in self.image_processor.model_input_names})
         if texts is not None:
             add_bos = text_kwargs.pop("add_special_tokens", True)
             wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
-            runs = self._image_runs(texts, list(data.get("num_patches", [])), images_per_text)
+            runs = self._image_runs(texts, list(features["num_patches"]), images_per_text)
             prompts = self._encode_texts(texts, runs, add_bos, marker, return_starts)
             encoded, starts = self._pad(prompts, **text_kwargs)
             data = {**encoded, **data}

@@ -1,7 +1,8 @@
 """Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
 
 safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
-stored names -> dequantised in every call, or once for all with `from_pretrained(..., dequantize=True)`.
+stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all with
+`from_pretrained(..., dequantize=True)`.
 
 What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
 incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
@@ -31,6 +32,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packed_matmul import has_kernel, multiply_packed
 
 if is_accelerate_available():
     from accelerate import dispatch_model, infer_auto_device_map
@@ -148,7 +151,7 @@ def decode_nvfp4(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tor
     packed, block_scales = tensors["weight"], tensors["weight_scale"]
     codes = torch.index_select(_e2m1_pairs(packed.device), 0, packed.flatten().int()).view(torch.float32)
     scales = block_scales.float() * tensors["weight_scale_2"].float()
-    weight = codes.view(*block_scales.shape, NVFP4_BLOCK) * scales.unsqueeze(-1)
+    weight = codes.view(*block_scales.shape, NVFP4_BLOCK).mul_(scales.unsqueeze(-1))
     return _scale_inputs(weight.flatten(-2), tensors).to(dtype)
 
 
@@ -179,7 +182,7 @@ def decode_awq_gemm(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> 
     scales = tensors["scales"].float()
     codes = _unpack_awq(tensors["qweight"]).unflatten(0, (scales.shape[0], -1))
     zeros = _unpack_awq(tensors["qzeros"]).float()
-    weight = (codes - zeros.unsqueeze(1)) * scales.unsqueeze(1)
+    weight = (codes - zeros.unsqueeze(1)).mul_(scales.unsqueeze(1))
     return weight.flatten(0, 1).t().to(dtype)  # stored (in_features, out_features)
 
 
@@ -191,6 +194,7 @@ class Format(NamedTuple):
         layout: (out_features, in_features, number of groups) -> {tensor: (dtypes, shape)}; a shape () also takes [1].
         optional: as `layout`, tensors that may be absent.
         grouped: the tensor and the dimension that tell the number of groups, None for formats without.
+        outputs_dim: dimension of the stored matrices that runs over the outputs.
         decode: (stored tensors, dtype) -> `(out_features, in_features)`.
     """
 
@@ -198,10 +202,13 @@ class Format(NamedTuple):
     layout: Callable[[int, int, int], dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]
     optional: Callable[[int], dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]
     grouped: tuple[str, int] | None
+    outputs_dim: int
     decode: Callable[[Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
 
 
 SCALAR = (("F32",), ())
+# Weights that a CPU dequantises at a time. Larger buffers leave the caches and are fresh pages in every call.
+CPU_PART = 2**21
 
 FORMATS = {
     "NVFP4": Format(
@@ -213,6 +220,7 @@ FORMATS = {
         },
         lambda columns: {"input_scale": SCALAR, "pre_quant_scale": (FLOATS, (columns,))},
         None,
+        0,
         decode_nvfp4,
     ),
     "FP8": Format(
@@ -220,6 +228,7 @@ FORMATS = {
         lambda rows, columns, groups: {"weight": (("F8_E4M3",), (rows, columns)), "weight_scale": SCALAR},
         lambda columns: {"input_scale": SCALAR},
         None,
+        0,
         decode_fp8,
     ),
     "W4A16_AWQ": Format(
@@ -230,6 +239,7 @@ FORMATS = {
         },
         lambda columns: {"input_scale": SCALAR, "pre_quant_scale": (FLOATS, (columns,))},
         ("weight_scale", 1),
+        0,
         decode_w4a16_awq,
     ),
     "AWQ GEMM": Format(
@@ -241,6 +251,7 @@ FORMATS = {
         },
         lambda columns: {},
         ("scales", 0),
+        1,
         decode_awq_gemm,
     ),
 }
@@ -347,7 +358,7 @@ class _PackedMatmul(torch.autograd.Function):
     def forward(ctx: Any, hidden_states: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
         # The tensors, not the layer: hooks may have swapped them out when the backward pass comes.
         ctx.format, ctx.tensors = layer.format, layer.packed_tensors()
-        return nn.functional.linear(hidden_states, layer.dequantized_weight(hidden_states.dtype))
+        return layer.multiply(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -388,14 +399,36 @@ class PackedLinear(nn.Linear):
         """`(out_features, in_features)`."""
         return self.format.decode(self.packed_tensors(), dtype)
 
+    def _parts(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
+        """The stored tensors, on a CPU cut into ranges of outputs that are dequantised one after the other."""
+        count = 1
+        if device.type == "cpu":
+            while self.out_features * self.in_features > count * CPU_PART and self.out_features % (16 * count) == 0:
+                count *= 2
+        tensors, dim = self.packed_tensors(), self.format.outputs_dim
+        cut = {key: tensor.chunk(count, dim) for key, tensor in tensors.items() if tensor.dim() == 2}
+        return [tensors | {key: pieces[index] for key, pieces in cut.items()} for index in range(count)]
+
+    @torch.no_grad()
+    def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states @ weight.T`, never holding the whole dequantised weight of a large layer on a CPU."""
+        dtype = hidden_states.dtype
+        outputs = [
+            nn.functional.linear(hidden_states, self.format.decode(part, dtype))
+            for part in self._parts(hidden_states.device)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device_type = hidden_states.device.type
         if torch.is_autocast_enabled(device_type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             output = _PackedMatmul.apply(hidden_states, self)
+        elif has_kernel(self.format.name, hidden_states, self._parameters):
+            output = multiply_packed(self.format.name, hidden_states, self.packed_tensors())
         else:
-            output = nn.functional.linear(hidden_states, self.dequantized_weight(hidden_states.dtype))
+            output = self.multiply(hidden_states)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":

@@ -187,6 +187,22 @@ def mean(values) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
+def evaluate(model, processor, questions: list[Question], batch_size: int) -> list[dict]:
+    """Ask everything; one row a question: what was asked, wanted and given, what was seen in training, the marks."""
+    rows: list[dict] = []
+    for batch in batches(questions, batch_size):
+        for question, given in zip(batch, answer(model, processor, batch), strict=True):
+            turn = question.turn
+            rows.append(
+                {"task": turn.task, "kind": question.kind, "question": turn.question, "wanted": turn.answer}
+                | {"given": given, "seen_font": question.seen_font, "seen_layout": question.seen_layout}
+                | {"seen_phrasing": turn.seen}
+                | score(question, given)
+            )
+        print(f"{len(rows)} of {len(questions)}", end="\r", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "nano")
@@ -201,18 +217,8 @@ def main() -> None:
     model, processor = load(arguments.model)
 
     questions = make_questions(arguments.documents, tuple(arguments.kinds))
-    rows: list[dict] = []
     started = time.monotonic()
-    for batch in batches(questions, arguments.batch_size):
-        for question, given in zip(batch, answer(model, processor, batch), strict=True):
-            turn = question.turn
-            rows.append(
-                {"task": turn.task, "kind": question.kind, "question": turn.question, "wanted": turn.answer}
-                | {"given": given, "seen_font": question.seen_font, "seen_layout": question.seen_layout}
-                | {"seen_phrasing": turn.seen}
-                | score(question, given)
-            )
-        print(f"{len(rows)} of {len(questions)}", end="\r", flush=True)
+    rows = evaluate(model, processor, questions, arguments.batch_size)
     report = {
         "model": arguments.model.name,
         "documents": arguments.documents,

@@ -2,6 +2,9 @@
 
 from collections import Counter
 
+import pytest
+
+from evaluation import quantized
 from evaluation.nano import (
     FURTHER_TASKS,
     TASKS,
@@ -86,3 +89,24 @@ def test_scores_and_table():
         rows.append({"task": question.turn.task} | seen | marks)
     table = markdown({"tasks": summarize(rows)})
     assert "| field | 6 | 1.000 |" in table
+
+
+def test_formats_are_compared_question_by_question():
+    asked = questions(40)
+    before = [{"task": question.turn.task, "given": "a"} | score(question, question.turn.answer) for question in asked]
+    after = [dict(row) for row in before]
+    for row in [row for row in after if row["task"] == "field"][:3] + [row for row in after if row["task"] == "text"][
+        :1
+    ]:
+        row |= {"given": "b", "exact": 0.0}
+    found = quantized.compare(before, after)
+    assert (found["answers_changed"], found["became_wrong"], found["became_right"]) == (4, 4, 0)
+    assert found["difference_in_points"]["all"] == -10.0
+    assert found["difference_in_points"]["field"] == -25.0
+    assert found["difference_in_points"]["price"] == 0.0
+    assert found["difference_in_points"]["html, CER"] == 0.0
+    assert found["standard_error_of_all"] == pytest.approx(100 * (0.1 * 0.9 / 39) ** 0.5, abs=0.01)
+    sizes = {"bytes_after": 2**20, "mean_relative_error": 0.03, "worst_relative_error": 0.04}
+    plain = {"bytes": 2**21, "percent": quantized.percentages(before)}
+    report = {"dtype": "float32", "formats": {quantized.PLAIN: plain, "fp8": found | sizes}}
+    assert "| fp8 | 1.0 | 0.030 (0.040) | 4 | -10.0 ± 4.8 | -25.0 |" in quantized.markdown(report)

@@ -1,6 +1,7 @@
 """Prompts: placeholders become image runs, text stays data, batches are padded on the left."""
 
 import base64
+import copy
 import io
 import json
 
@@ -454,6 +455,16 @@ def test_oldest_turns_are_dropped_whole_with_their_images(processor):
     assert cut.input_ids.count(processor.image_token_id) == 8
     assert "sys" in cut.text and "third" in cut.text
     assert len(cut.input_ids) <= limit
+
+
+def test_the_image_processors_input_names_say_what_is_returned(processor):
+    """For clients that hand everything on to a function that knows fewer names."""
+    narrow = copy.deepcopy(processor)
+    narrow.image_processor.model_input_names = ["pixel_values"]
+    picture = Image.new("RGB", (80, 40))
+    whole, less = (one(images=[picture], text="<image>", return_tensors="pt") for one in (processor, narrow))
+    assert set(whole) - set(less) == {"num_patches"} and set(less) == set(narrow.model_input_names)
+    assert all((whole[name] == less[name]).all() for name in less)
 
 
 # --- what transformers' own suite asks of a processor (tests/standard_suites.py) -----------------------------------

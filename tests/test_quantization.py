@@ -512,6 +512,28 @@ def test_gradients_pass_through_packed_weights_and_do_not_change_them(quantised:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_a_large_layer_is_dequantised_in_parts(
+    quantised: dict, inputs: dict, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = load(quantised[name])
+    layer = model.get_submodule("language_model.model.layers.0.mlp.gate_proj")  # 96 x 64
+    hidden_states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    whole, logits = layer(hidden_states), logits_of(model, inputs)
+    sizes, decode = [], layer.format.decode
+
+    def watched(tensors: dict, dtype: torch.dtype) -> torch.Tensor:
+        weight = decode(tensors, dtype)
+        sizes.append(tuple(weight.shape))
+        return weight
+
+    monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.CPU_PART", 1600)
+    layer.format = layer.format._replace(decode=watched)
+    torch.testing.assert_close(layer(hidden_states), whole, rtol=0, atol=1e-6)
+    assert sizes == [(24, 64)] * 4
+    torch.testing.assert_close(logits_of(model, inputs), logits, rtol=0, atol=1e-5)
+
+
 def test_the_backward_pass_keeps_the_packed_weight_only(quantised: dict):
     layer = load(quantised["nvfp4"]).get_submodule(Q_PROJ)
     hidden_states = torch.randn(2, 3, 64, requires_grad=True)
