@@ -380,7 +380,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         image_flags: torch.Tensor | None,
         num_patches: torch.Tensor | Sequence[int] | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        past_key_values: Any | None = None,
+        past_key_values: Any | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -938,7 +938,13 @@ class ModelWithoutHead:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
         """
         inputs_embeds, _ = self._whole._embed(
-            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_flags,
+            num_patches,
+            mm_encoder_outputs,
+            kwargs.get("past_key_values"),
         )
         decoder = self._whole.get_decoder()
         return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
