@@ -54,8 +54,8 @@ style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.dev  ## measure what fits this machine; one JSON line per question
-	for script in benchmarks/[a-z]*.py; do $(PY) -m benchmarks.$$(basename $$script .py) || exit 1; done
+bench: $(VENV)/.dev  ## measure what fits this machine, into benchmarks/results/
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run
 
 clean:
 	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build

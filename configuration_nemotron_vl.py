@@ -422,7 +422,7 @@ class NemotronVLConfig(PretrainedConfig):
     released_projector_hidden_size = 4096
     released_max_sequence_length = 16384
     attribute_map = {"text_config": "llm_config", "image_token_id": "img_context_token_id"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
 
     def __init__(
         self,

@@ -53,7 +53,6 @@ BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, l
 MAX_NESTING = 100  # lists inside lists of pictures
 MAX_TILE_PIXELS = 1 << 30  # of the tiles of one picture: 12.9 GB as float32, before a wrong option takes all memory
 MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 picture passes every limit on area and needs 800 GB on the way
-READ_BYTES = 1 << 17  # source pixels copied out of Pillow at once
 
 # What Pillow's decoders raise on broken files.
 DECODING_ERRORS = (
@@ -62,7 +61,7 @@ DECODING_ERRORS = (
 )
 
 
-class NemotronVLImagesKwargs(ImagesKwargs, total=False):
+class NemotronVLImageProcessorKwargs(ImagesKwargs, total=False):
     """Options of one call, beyond transformers' own; `NemotronVLImageProcessor` says what they mean."""
 
     image_size: int
@@ -439,11 +438,9 @@ def _copy_rows(picture: Image.Image | np.ndarray, top: int, out: np.ndarray) -> 
     if isinstance(picture, np.ndarray):
         out[...] = picture[top : top + num_rows]
         return
-    step = max(1, READ_BYTES // (4 * width))
-    for row in range(0, num_rows, step):
-        strip = out[row : row + step]
-        raw = picture.crop((0, top + row, width, top + row + len(strip))).tobytes("raw", "RGBX")
-        strip[...] = np.frombuffer(raw, np.uint8).reshape(strip.shape)
+    # Pillow pastes straight into our memory; its public ways to read pixels copy them three or four times.
+    target = Image.frombuffer("RGBX", (width, num_rows), out, "raw", "RGBX", 0, 1)
+    target.im.paste(picture.im, (0, -top, width, picture.height - top))
 
 
 def cut_tiles(
@@ -532,7 +529,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values", "num_patches"]
-    valid_kwargs = NemotronVLImagesKwargs
+    valid_kwargs = NemotronVLImageProcessorKwargs
 
     def __init__(
         self,
@@ -596,8 +593,9 @@ class NemotronVLImageProcessor(BaseImageProcessor):
             images: a picture or (nested) lists of pictures; an empty list gives an empty result.
             return_tensors: None, "pt" or "np".
             input_data_format: "channels_first" or "channels_last", for arrays.
-            kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping` and
-                `data_format="channels_first"` are accepted from older clients and change nothing.
+            kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping`,
+                `data_format="channels_first"` and InternVL's `crop_to_patches=True` are accepted from other clients
+                and change nothing.
 
         Returns:
             `pixel_values`: `(num_tiles, 3, image_size, image_size)`, float32 in 0..1 by default, the tiles of all
@@ -664,6 +662,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         given = {name: value for name, value in given.items() if value is not None}
         for name in ("use_fast", "disable_grouping", "return_tensors", "input_data_format"):
             given.pop(name, None)
+        if given.pop("crop_to_patches", True) is not True:
+            raise ValueError("Pictures are always cut into tiles; for one tile a picture pass max_num_tiles=1.")
         data_format = given.pop("data_format", "channels_first")
         if getattr(data_format, "value", data_format) != "channels_first":
             raise ValueError(f"pixel_values are channels_first, data_format={data_format!r} is not supported.")
@@ -759,9 +759,11 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in ("use_thumbnail", "do_rescale", "do_normalize", "do_convert_rgb"):
         if type(options[name]) is not bool:
             raise TypeError(f"{name} must be True or False, got {options[name]!r}.")
-    for name in ("rescale_factor", "downsample_ratio"):
-        if not isinstance(options[name], (int, float)) or not 1e-9 < options[name] <= 1:
-            raise ValueError(f"{name} must be a number above 1e-9 and at most 1, got {options[name]!r}.")
+    ratio, factor = options["downsample_ratio"], options["rescale_factor"]
+    if not isinstance(ratio, (int, float)) or not 1e-9 < ratio <= 1:
+        raise ValueError(f"downsample_ratio must be a number above 1e-9 and at most 1, got {ratio!r}.")
+    if not isinstance(factor, (int, float)) or not 1e-9 < abs(factor) <= 1e9:
+        raise ValueError(f"rescale_factor must be a number of a size between 1e-9 and 1e9, got {factor!r}.")
     _check_choices(options)
     candidate_grids(options["max_num_tiles"])
     if options["max_num_tiles"] * options["image_size"] ** 2 > MAX_TILE_PIXELS:

@@ -9,8 +9,10 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
+import inspect
 import operator
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +23,18 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
 from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .image_processing import undo_normalization
+from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
@@ -45,6 +53,10 @@ PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
+
+
+# Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
+COMPILED_DEVICES = ("cuda",)
 
 
 @dataclass
@@ -90,7 +102,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = "model"
+    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -127,7 +139,8 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
         kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
         _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with _naming_the_install():
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if dequantization is not None:
             dequantization.finish(model)
@@ -140,6 +153,20 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
         return loaded
 
 
+@contextlib.contextmanager
+def _naming_the_install() -> Iterator[None]:
+    """Add the remedy to transformers' error for an attention whose package is absent."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if not str(error).startswith("FlashAttention"):
+            raise
+        raise ImportError(
+            f"{error} Install it (`pip install flash-attn --no-build-isolation`, it needs CUDA), or leave "
+            "attn_implementation out: the default, sdpa, needs nothing."
+        ) from error
+
+
 class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
@@ -147,6 +174,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
 
+    takes_levels = True  # uint8 tiles, rescaled where the tower is
     numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
@@ -177,6 +205,16 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     def _pixel_limits(self) -> tuple[float, float, str]:
         """Return the smallest and the largest value of a tile, and what to do about others."""
         raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+
+    @property
+    def model(self) -> "ModelWithoutHead":
+        """The model without its head, under the field's usual name."""
+        return ModelWithoutHead(self)
+
+    @property
+    def base_model(self) -> "ModelWithoutHead":
+        """The model without its head, under transformers' name."""
+        return self.model
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -227,6 +265,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
+                The 8B V1 also takes uint8 levels (`do_rescale=False` of the image processor), rescaled on its device.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -239,6 +278,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
         _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        if pixel_values.dtype == torch.uint8 and not self.takes_levels:
+            raise ValueError(
+                "pixel_values are uint8 levels, but this model takes tiles that its image processor normalised."
+            )
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -274,8 +317,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
-        if self.vision_model.device.type != "meta":  # offloaded weights: accelerate's hooks move the input
-            pixel_values = pixel_values.to(self.vision_model.device)
+        pixel_values = _move(pixel_values, self.vision_model.device)
+        if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
+            pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
@@ -288,10 +332,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             merged = merged.transpose(1, 2)
         return merged.flatten(1, 2)
 
+    def _projector_norm(self) -> torch.Tensor:
+        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
+        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
+
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        # The LayerNorm's weight tells dtype and device: it is never quantised, a Linear's may be.
-        norm = self.mlp1[0].weight
-        return self.mlp1(merged.to(norm.dtype))
+        return self.mlp1(merged.to(self._projector_norm().dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -319,17 +365,47 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
     def _insert_images(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        image_outputs: BaseModelOutputWithPooling | None,
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """Return `inputs_embeds` with the rows of the image tokens replaced by the images' features, in order."""
-        if image_outputs is None or not len(image_outputs.pooler_output):
-            return inputs_embeds
-        image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        image_flags: torch.Tensor | None,
+        num_patches: torch.Tensor | Sequence[int] | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        past_key_values: Any | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if torch.compiler.is_compiling():
+                num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
+            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+        image_features = _features_of(image_outputs)
+        if image_features is not None:
+            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
+        elif input_ids is not None and _begins_prompt(input_ids, past_key_values):
+            self._check_no_images(input_ids)
+        return inputs_embeds, image_features
+
+    def _check_no_images(self, input_ids: torch.Tensor) -> None:
+        """Raise if a prompt without images has image tokens."""
+        # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
+        if self.config.image_token_id is not None:
+            _check_counts((input_ids == self.config.image_token_id).sum(), 0)
 
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
@@ -355,7 +431,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> NemotronVLOutput:
         """Compute logits, and with labels the loss.
 
@@ -377,16 +453,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_outputs)
+        inputs_embeds, image_features = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
+        )
+        # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
+        if position_ids is not None:
+            position_ids = position_ids.to(inputs_embeds.device)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -407,7 +479,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=torch.cat(list(image_outputs.pooler_output)) if image_outputs is not None else None,
+            image_hidden_states=image_features,
         )
 
     @torch.no_grad()
@@ -431,7 +503,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
-            kwargs: everything `GenerationMixin.generate` takes.
+            kwargs: everything `GenerationMixin.generate` takes. On CUDA a generation that names no cache gets a static
+                one and a compiled decode step, the first of which takes a while; `disable_compile=True` leaves the
+                dynamic cache, and so does everything that a static one cannot serve (see `_wants_static_cache`).
 
         Raises:
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
@@ -441,32 +515,65 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if input_ids is not None:
             self._room_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
-            projected = self._project(visual_features.to(self.mlp1[0].weight.device))
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
+            projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
-            _check_pixel_range(pixel_values, *self._pixel_limits())
+            if pixel_values.dtype != torch.uint8:
+                _check_pixel_range(pixel_values, *self._pixel_limits())
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        image_features = _features_of(image_outputs)
         if input_ids is not None and kwargs.get("prompt_embeds") is None:
-            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_outputs, kwargs.get("past_key_values"))
-        elif kwargs.get("inputs_embeds") is not None:
-            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_outputs)
+            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_features, kwargs.get("past_key_values"))
+        elif kwargs.get("inputs_embeds") is not None and image_features is not None:
+            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_features)
+        if not args and self._wants_static_cache(generation_config, kwargs):
+            kwargs["cache_implementation"] = "static"
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
+        """Say whether a generation is one that transformers compiles if its cache is static, and that names no cache.
+
+        Not those with beams, an assistant, a kept cache, no cache or chunks, a model on several devices or a state
+        that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
+        the thread that recorded them, and a thread per answer would record them each time.
+        """
+        sources = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
+
+        def given(name: str) -> Any:
+            return next((source[name] for source in sources if source.get(name) is not None), None)
+
+        others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+        return (
+            self.device.type in COMPILED_DEVICES
+            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
+            and not self._is_stateful
+            and threading.current_thread() is threading.main_thread()
+            and given("use_cache") is not False
+            and not given("disable_compile")
+            and (given("num_beams") or 1) == 1
+            and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
+        )
+
     def _embed_prompt(
-        self, input_ids: torch.Tensor, image_outputs: BaseModelOutputWithPooling | None, past_key_values: Any | None
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None, past_key_values: Any | None
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
-        if image_outputs is None or not len(image_outputs.pooler_output):
-            # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
-            if past_key_values is None and self.config.image_token_id is not None:
-                _check_counts((input_ids == self.config.image_token_id).sum(), 0)
+        num_cached = _num_cached(past_key_values)  # images in the cache are not given again
+        if image_features is None:
+            if num_cached == 0:
+                self._check_no_images(input_ids)
             return None
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        num_cached = _num_cached(past_key_values)  # images in the cache are not given again
-        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_outputs)
+        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
     def _room_after(self, prompt_length: int) -> int:
@@ -523,6 +630,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             written = self.get_input_embeddings()(ids[:, rows.shape[1] :])
             model_inputs["inputs_embeds"] = torch.cat([rows, written], dim=1)
             model_inputs["input_ids"] = None
+        elif not kwargs.get("use_cache", True) and model_inputs.get("input_ids") is not None:
+            # The answer is part of the input here, and an image token in it is no image.
+            model_inputs["inputs_embeds"] = self.get_input_embeddings()(model_inputs.pop("input_ids"))
         return model_inputs
 
     def _update_model_kwargs_for_generation(
@@ -541,16 +651,31 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         assistant_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images."""
+        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images.
+
+        Image tokens are never proposed: a look-up finds them in every prompt, and an answer has none.
+        """
         model_kwargs = dict(model_kwargs)
         prompt_embeds = model_kwargs.pop("prompt_embeds", None)
         if prompt_embeds is not None and getattr(assistant_model, "config_class", None) is self.config_class:
             same_size = assistant_model.config.text_config.hidden_size == prompt_embeds.shape[-1]
             own_embeds = prompt_embeds if same_size else assistant_model.get_input_embeddings()(input_ids)
             model_kwargs["prompt_embeds"] = own_embeds
-        return super()._get_candidate_generator(
+        generator = super()._get_candidate_generator(
             *args, input_ids=input_ids, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+        propose = generator.get_candidates
+
+        def propose_text(ids: torch.Tensor, *rest: Any, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+            candidates, logits = propose(ids, *rest, **more)
+            is_image = (candidates[0, ids.shape[1] :] == self.config.image_token_id).tolist()
+            if True not in is_image:
+                return candidates, logits
+            kept = is_image.index(True)
+            return candidates[:, : ids.shape[1] + kept], logits[:, :kept] if logits is not None and kept else None
+
+        generator.get_candidates = propose_text
+        return generator
 
     def chat(
         self,
@@ -618,7 +743,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         options, extra_options = self._generation_options(tokenizer, generation_config)
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
-            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", self.mlp1[0].weight.numel())
+            _check_shape(
+                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
+            )
         elif pixel_values is not None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         prompts = build_chat_prompts(
@@ -726,6 +853,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         device = self.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
         images = {"visual_features" if tiles_are_features else "pixel_values": tiles} if tiles is not None else {}
+        if options.stop_strings is not None:
+            extra_options = {"tokenizer": tokenizer, **extra_options}
         output = self.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
@@ -771,6 +900,56 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
+# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found sooner.
+NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
+
+
+class ModelWithoutHead:
+    """A model without its head: prompts and pictures to hidden states.
+
+    TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
+    of a long page never exist at once. This is a view and no module: the weights keep their published names.
+
+    Args:
+        whole: the model.
+    """
+
+    def __init__(self, whole: NemotronVLModel):
+        self._whole = whole
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_flags: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_patches: torch.Tensor | Sequence[int] | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states.
+
+        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
+
+        Returns:
+            `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
+        """
+        inputs_embeds, _ = self._whole._embed(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            image_flags,
+            num_patches,
+            mm_encoder_outputs,
+            kwargs.get("past_key_values"),
+        )
+        decoder = self._whole.get_decoder()
+        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+
 class _AnswerStream(TextIteratorStreamer):
     """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
 
@@ -800,9 +979,21 @@ def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
 
 
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
+    return tensor if device.type == "meta" else tensor.to(device)
+
+
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenate, without a copy when there is one batch."""
     return torch.cat(list(batches)) if len(batches) > 1 else batches[0]
+
+
+def _features_of(image_outputs: BaseModelOutputWithPooling | None) -> torch.Tensor | None:
+    """Return the features of all images, `(num_visual_tokens, hidden_size)`; None if there are no images."""
+    if image_outputs is None or len(image_outputs.pooler_output) == 0:
+        return None
+    return _join(image_outputs.pooler_output)
 
 
 def _join_layers(layers_of_batches: Sequence[tuple[torch.Tensor, ...] | None]) -> tuple[torch.Tensor, ...] | None:
@@ -824,6 +1015,14 @@ def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) 
 def _num_cached(past_key_values: Any | None) -> int:
     """Positions that a cache already holds."""
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool:
+    """Whether nothing comes before these ids; only prompts hold images, a written image token is text."""
+    if past_key_values is None:
+        return True
+    # Single tokens are decoding steps: asking a static cache on a GPU for its length would stall each of them.
+    return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
@@ -970,6 +1169,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
+    takes_levels = False
     numbers_images = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding

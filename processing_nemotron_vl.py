@@ -54,6 +54,8 @@ THINK_END = "</think>"
 
 # Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
+# How templates for several modalities read the parts of a content; others, the published one too, take a string.
+READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
 MAX_NESTING = 100  # levels of lists and dicts in messages and tools
 MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
@@ -65,9 +67,17 @@ TEXT_OPTIONS = (
     "pad_to_multiple_of",
     "add_special_tokens",
     "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
     "return_tensors",
 )
-CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", "images_kwargs", "text_kwargs", "common_kwargs")
+# Videos and audio are refused, so what clients of every model say about them changes nothing.
+OTHER_MODALITIES = ("videos", "audio", "audios")
+OPTIONS_OF_OTHERS = ("num_frames", "fps", "do_sample_frames", "video_metadata", "return_metadata", "sampling_rate")
+OPTIONS_OF_OTHERS = (*OPTIONS_OF_OTHERS, "videos_kwargs", "audio_kwargs")
+NESTED_OPTIONS = ("images_kwargs", "text_kwargs", "common_kwargs")
+CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *OPTIONS_OF_OTHERS)
+# What a tokenizer may have been loaded with: AutoTokenizer.from_pretrained(..., padding="max_length", max_length=512).
+TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
 
 
 # Options of transformers' own method that are always on or of no use here.
@@ -167,6 +177,42 @@ def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "inter
     for tile in range(1, num_tiles):
         run += [f"<tile_{tile}>", tokens_per_tile]
     return [*run, "<tile_global_thumbnail>", tokens_per_tile, "</Image>"]
+
+
+def spell_run(run: list[str | int]) -> str:
+    """Write a run as prompt text."""
+    return "".join(piece if isinstance(piece, str) else IMAGE_TOKEN * piece for piece in run)
+
+
+def replacement_offsets(
+    prompt: str, image_runs: Sequence[list[str | int]], marker: str | None = None
+) -> list[dict[str, Any]]:
+    """Tell where the placeholders of a prompt stand, before and after their images are spelled out.
+
+    Args:
+        prompt: rendered text; `<image>` stands for one whole image.
+        image_runs: one run per placeholder, in order, from `image_run`.
+        marker: the character of a `ControlTokenGuard`; it does not count.
+
+    Returns:
+        per image, as transformers names them: `type` "image", `text` the placeholder, `span` its (start, end) in the
+        prompt, `replacement` the image spelled out and `new_span` its (start, end) in the prompt then.
+    """
+    offsets, growth = [], 0
+    for match, run in zip(re.finditer(re.escape(IMAGE_TOKEN), prompt), image_runs, strict=True):
+        start = match.start() - (prompt.count(marker, 0, match.start()) if marker else 0)
+        replacement = spell_run(run)
+        offsets.append(
+            {
+                "type": "image",
+                "text": IMAGE_TOKEN,
+                "span": (start, start + len(IMAGE_TOKEN)),
+                "replacement": replacement,
+                "new_span": (start + growth, start + growth + len(replacement)),
+            }
+        )
+        growth += len(replacement) - len(IMAGE_TOKEN)
+    return offsets
 
 
 def encode_prompt(
@@ -283,17 +329,40 @@ def flatten_content(
 ) -> tuple[str, list[Any]]:
     """Turn the content of a message into one string with `<image>` placeholders, and its images.
 
-    An image stands on a line of its own, as in training: a line feed follows it unless the text brings one.
-
     Args:
-        content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
-            the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
+        content: see `split_content`.
         guard: protects the text; None leaves it as it is.
         images_first: the format of the 12B V2: all images in front, and no line feeds at the start of the text after
             them. A text that is not protected and says `<image>` itself places them instead.
 
     Returns:
         the string, and one picture per image part (None where the part carries none).
+
+    Raises:
+        ValueError, TypeError: see `split_content`.
+    """
+    texts, images = split_content(content, on_lines=not images_first)
+    if not images_first:
+        return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
+    text = "".join(texts)
+    placed = guard is None and IMAGE_TOKEN in text
+    text = guard.protect(text) if guard else text
+    if content is None or isinstance(content, str):
+        return text, images
+    return ("" if placed else leading_images(len(images), numbered=True)) + text.lstrip("\n"), images
+
+
+def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[Any]]:
+    """Split the content of a message into its texts and its images.
+
+    Args:
+        content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
+            the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
+        on_lines: put images on lines of their own, as in training: a line feed follows unless the text brings one.
+
+    Returns:
+        the texts before, between and after the images, each whole, because two harmless parts may join to a control
+        token; and one picture per image part (None where the part carries none).
 
     Raises:
         ValueError: for a part of another type; nothing is dropped.
@@ -305,9 +374,7 @@ def flatten_content(
             f"The content of a message must be a string or a list of parts like {{'type': 'text', 'text': ...}}, got "
             f"{content!r:.80}."
         )
-    if images_first and (content is None or isinstance(content, str)):
-        return guard.protect(parts[0]) if guard else parts[0], []
-    texts, images, after_image = [""], [], False  # texts before, between and after the images
+    texts, images, after_image = [""], [], False
     for part in parts:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type")
@@ -322,20 +389,14 @@ def flatten_content(
                 f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
                 "Send a PDF page or a video frame as an image."
             )
-        texts[-1] += "\n" if after_image and not images_first and not piece.startswith("\n") else ""
+        texts[-1] += "\n" if after_image and on_lines and not piece.startswith("\n") else ""
         after_image = kind != "text"
         if after_image:
             images.append(_picture_of(part))
             texts.append("")
         else:
             texts[-1] += piece
-    # Protected as a whole: two harmless parts may join to a control token.
-    if images_first:
-        text = "".join(texts)
-        placed = guard is None and IMAGE_TOKEN in text
-        text = guard.protect(text) if guard else text
-        return ("" if placed else leading_images(len(images), numbered=True)) + text.lstrip("\n"), images
-    return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
+    return texts, images
 
 
 def _picture_of(part: dict[str, Any]) -> Any:
@@ -612,9 +673,6 @@ class NemotronVLProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
-        videos: Any = None,
-        audio: Any = None,
-        audios: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenise rendered prompts and cut their images into tiles.
@@ -626,30 +684,32 @@ class NemotronVLProcessor(ProcessorMixin):
             images: one image, a flat list over the whole batch in the order of the placeholders, or one list per
                 text; anything the image processor takes.
             text: one prompt or a batch, each with one `<image>` per image.
-            videos, audio, audios: must be empty; the 8B V1 has no prompt format for them.
             kwargs: options of the image processor (`max_num_tiles`, ...), of the tokenizer (`padding`,
-                `max_length`, ...), `return_tensors`, `return_mm_token_type_ids`; also nested as `images_kwargs`,
-                `text_kwargs` and `common_kwargs`.
+                `max_length`, ...), `return_tensors`, `return_mm_token_type_ids`, `return_text_replacement_offsets`;
+                also nested as `images_kwargs`, `text_kwargs` and `common_kwargs`. `videos`, `audio` and `audios` must
+                be empty: the 8B V1 has no prompt format for them.
 
         Returns:
             `input_ids` and `attention_mask` (left-padded when padded; a bos token is added if the prompt has none),
-            with images `pixel_values` and `num_patches`, on request `mm_token_type_ids` (1 for visual tokens).
+            with images `pixel_values` and `num_patches`. On request `mm_token_type_ids` (1 for visual tokens and the
+            `<img>` and `</img>` around them) and `text_replacement_offsets` (see `replacement_offsets`). A
+            client that passes on only what it knows sets `image_processor.model_input_names = ["pixel_values"]`: the
+            model does not need `num_patches`.
 
         Raises:
-            ValueError: if placeholders and images differ in number, for videos or audio, or if a truncation would
-                cut an image.
+            ValueError: if placeholders and images differ in number, for videos or audio, if a truncation would cut an
+                image, or for an option that is given twice.
             TypeError: for an unknown option.
         """
-        for name, value in {"videos": videos, "audio": audio, "audios": audios}.items():
-            if value is not None and len(value):
-                raise ValueError(f"This model takes no {name}; send the frames of a video as images.")
+        if images is None and text is None:
+            raise ValueError("Give the processor images, text or both; it got neither.")
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not (
             isinstance(texts, (list, tuple)) and texts and all(isinstance(one, str) for one in texts)
         ):
             raise TypeError(f"text must be a string or a non-empty list of strings, got {text!r:.80}.")
         data, return_tensors, _ = self._encode(images, texts, kwargs)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return _as_batch(data, return_tensors)
 
     def _encode(
         self,
@@ -667,45 +727,72 @@ class NemotronVLProcessor(ProcessorMixin):
         flat_images, images_per_text = group_images(images)
         features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
         if flat_images:
-            data.update(features)
+            data.update({name: features[name] for name in self.image_processor.model_input_names})
         if texts is not None:
             add_bos = text_kwargs.pop("add_special_tokens", True)
-            num_tiles = list(data.get("num_patches", []))
-            prompts = self._encode_texts(texts, num_tiles, images_per_text, add_bos, marker, return_starts)
+            wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
+            runs = self._image_runs(texts, list(features["num_patches"]), images_per_text)
+            prompts = self._encode_texts(texts, runs, add_bos, marker, return_starts)
             encoded, starts = self._pad(prompts, **text_kwargs)
             data = {**encoded, **data}
+            if wants_offsets:
+                pairs = zip(texts, runs, strict=True)
+                data["text_replacement_offsets"] = [replacement_offsets(text, own, marker) for text, own in pairs]
         return data, return_tensors, starts
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sort call options into those of the image processor and those of the text; nested ones win."""
-        flat = {**options.get("common_kwargs", {}), **options}
-        nested = {name: flat.pop(name, {}) for name in ("common_kwargs", "images_kwargs", "text_kwargs")}
-        text_kwargs = {name: flat.pop(name) for name in TEXT_OPTIONS if name in flat} | nested["text_kwargs"]
+        """Sort call options into those of the image processor and those of the text, nested and common ones too."""
+        flat = {name: value for name, value in options.items() if name not in OPTIONS_OF_OTHERS}
+        for name in OTHER_MODALITIES:
+            given = flat.pop(name, None)
+            if given is not None and len(given):
+                raise ValueError(f"This model takes no {name}; send the frames of a video as images.")
+        nested = {name: flat.pop(name, None) or {} for name in NESTED_OPTIONS}
+        text_kwargs = {name: flat.pop(name) for name in TEXT_OPTIONS if name in flat}
+        for kind, given in (("text_kwargs", text_kwargs), ("images_kwargs", flat)):
+            doubled = sorted(given.keys() & nested[kind].keys())
+            if doubled:
+                raise ValueError(f"The options {doubled} are given twice, by name and in {kind}. Give them once.")
+        common = nested["common_kwargs"]
+        init_kwargs = self.tokenizer.init_kwargs
+        defaults = {name: init_kwargs[name] for name in TOKENIZER_DEFAULTS if init_kwargs.get(name) is not None}
+        text_kwargs = {
+            **defaults,
+            **{name: common[name] for name in common if name in TEXT_OPTIONS},
+            **text_kwargs,
+            **nested["text_kwargs"],
+        }
         unknown = [name for name in text_kwargs if name not in TEXT_OPTIONS]
         if unknown:
             raise TypeError(f"Unknown text options {unknown}; known are {', '.join(TEXT_OPTIONS)}.")
-        return flat | nested["images_kwargs"], text_kwargs
+        common_of_images = {name: common[name] for name in common if name not in TEXT_OPTIONS}
+        return {**common_of_images, **flat, **nested["images_kwargs"]}, text_kwargs
+
+    def _image_runs(
+        self, texts: Sequence[str], num_tiles: list[int], images_per_text: list[int] | None
+    ) -> list[list[list[str | int]]]:
+        """Return per text the runs of its images."""
+        counts = [text.count(IMAGE_TOKEN) for text in texts]
+        if sum(counts) != len(num_tiles) or images_per_text not in (None, counts):
+            raise ValueError(
+                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images, but "
+                f"the prompts have {counts} and {images_per_text or len(num_tiles)} images were given. Write one per "
+                "image, in the order of the images."
+            )
+        runs = iter([image_run(int(tiles), self.tokens_per_tile, self.image_tag_type) for tiles in num_tiles])
+        return [[next(runs) for _ in range(count)] for count in counts]
 
     def _encode_texts(
         self,
         texts: Sequence[str],
-        num_tiles: list[int],
-        images_per_text: list[int] | None,
+        runs: list[list[list[str | int]]],
         add_bos: bool,
         marker: str | None,
         return_starts: bool,
     ) -> list[PromptIds]:
-        counts = [text.count(IMAGE_TOKEN) for text in texts]
-        if sum(counts) != len(num_tiles) or images_per_text not in (None, counts):
-            raise ValueError(
-                f"The prompts have {counts} {IMAGE_TOKEN} placeholders but {images_per_text or len(num_tiles)} images "
-                "were given. Write one placeholder per image, in the order of the images."
-            )
         bos = self._bos_ids() if add_bos else []
-        runs = iter([image_run(int(tiles), self.tokens_per_tile, self.image_tag_type) for tiles in num_tiles])
         prompts = []
-        for text, count in zip(texts, counts, strict=True):
-            text_runs = [next(runs) for _ in range(count)]
+        for text, text_runs in zip(texts, runs, strict=True):
             ids, starts = encode_prompt(self.tokenizer, text, text_runs, self.image_token_id, marker, return_starts)
             prefix = bos if ids[: len(bos)] != bos else []
             prompts.append(PromptIds(prefix + ids, None if starts is None else [0] * len(prefix) + starts))
@@ -750,7 +837,8 @@ class NemotronVLProcessor(ProcessorMixin):
         )
         data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         if return_mm_token_type_ids:
-            data["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in data["input_ids"]]
+            of_images = set(self.image_token_ids)
+            data["mm_token_type_ids"] = [[int(i in of_images) for i in ids] for ids in data["input_ids"]]
         starts = []
         for (_, prompt_starts), padded in zip(prompts, data["input_ids"], strict=True):
             kept = (prompt_starts or [])[:limit]
@@ -780,7 +868,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
         Args:
             conversation: messages with `role` and `content`; content is a string or a list of text and image parts
-                (see `flatten_content`).
+                (see `split_content`).
             chat_template: a template, or the name of one; defaults to the processor's.
             tools, documents: passed to the template.
             add_generation_prompt: end with the header of the assistant's answer.
@@ -812,10 +900,15 @@ class NemotronVLProcessor(ProcessorMixin):
         unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
         if unknown:
             raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
+        if variables.get("image_token") == self.image_token:
+            del variables["image_token"]  # every template gets it, and here it is no user's text
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
         tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
-        flattened = [_flatten_conversation(messages, guard, self.images_first) for messages in conversations]
+        keep_parts = READS_PARTS.search(template) is not None and not self.images_first
+        flattened = [
+            _flatten_conversation(messages, guard, self.images_first, keep_parts) for messages in conversations
+        ]
         if guard:
             tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
         try:
@@ -827,14 +920,16 @@ class NemotronVLProcessor(ProcessorMixin):
                 return_assistant_tokens_mask=return_assistant_tokens_mask,
                 continue_final_message=continue_final_message,
                 add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **variables},
+                **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
             )
         except TEMPLATE_ERRORS as error:
             raise ValueError(f"The chat template refuses this conversation: {error}") from error
         if guard is None:
             return prompts if batched else prompts[0]
         images = _choose_images(options.pop("images", None), [pictures for _, pictures in flattened])
-        options = {"return_tensors": return_tensors, **options, "add_special_tokens": False}
+        if return_tensors is not None:
+            options = {"return_tensors": return_tensors, **options}
+        options["add_special_tokens"] = False
         data, return_tensors, starts = self._encode(
             images, prompts, options, guard.marker, return_assistant_tokens_mask
         )
@@ -843,7 +938,7 @@ class NemotronVLProcessor(ProcessorMixin):
                 [int(any(begin <= start < end for begin, end in spans)) for start in text_starts]
                 for text_starts, spans in zip(starts, assistant_spans, strict=True)
             ]
-        out = BatchFeature(data, tensor_type=return_tensors)
+        out = _as_batch(data, return_tensors)
         return out if return_dict else out["input_ids"]
 
     def _resolve_template(self, chat_template: str | None) -> str:
@@ -859,19 +954,21 @@ class NemotronVLProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
         """Spell image number `image_idx` of the image processor's output as prompt text."""
         run = image_run(int(image_inputs["num_patches"][image_idx]), self.tokens_per_tile, self.image_tag_type)
-        return "".join(piece if isinstance(piece, str) else IMAGE_TOKEN * piece for piece in run)
+        return spell_run(run)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Iterable[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Count tiles and prompt tokens of images from their (height, width) in pixels, start and end tokens included."""
+        """Count tiles and prompt tokens of images from their (height, width) in pixels; `<img>` and `</img>` count."""
         if image_sizes is None:
             return MultiModalData()
         tiles = [
             self.image_processor.get_number_of_image_patches(height, width, kwargs) for height, width in image_sizes
         ]
+        num_tags = 2 if self.image_tag_type == "internvl" else 0  # the tags of nvlm are text
         return MultiModalData(
-            num_image_tokens=[2 + self.tokens_per_tile * num_tiles for num_tiles in tiles], num_image_patches=tiles
+            num_image_tokens=[num_tags + self.tokens_per_tile * num_tiles for num_tiles in tiles],
+            num_image_patches=tiles,
         )
 
     def save_pretrained(
@@ -882,6 +979,8 @@ class NemotronVLProcessor(ProcessorMixin):
         # transformers 5 nests the image processor inside processor_config.json, which 4.57 and servers do not read.
         self.image_processor.save_pretrained(save_directory)
         spell_for_every_version(Path(save_directory) / "tokenizer_config.json")
+        for part in (self, self.image_processor):
+            vars(part).pop("auto_map", None)  # transformers wrote it there for the files' sake
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **kwargs)
         return files
@@ -910,6 +1009,14 @@ def spell_for_every_version(tokenizer_config: Path) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
+    """Return `data` in tensors, but for the offsets, which are no numbers."""
+    numbers = {name: value for name, value in data.items() if name != "text_replacement_offsets"}
+    batch = BatchFeature(numbers, tensor_type=return_tensors)
+    batch.update({name: value for name, value in data.items() if name not in numbers})
+    return batch
 
 
 def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
@@ -957,9 +1064,12 @@ def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:
 
 
 def _flatten_conversation(
-    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, images_first: bool
+    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, images_first: bool, keep_parts: bool
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return the messages with string contents, protected by `guard`, and their images in order."""
+    """Return the messages with their contents protected by `guard`, and their images in order.
+
+    A content becomes a string with `<image>` placeholders. With `keep_parts` a list stays one, of texts and images.
+    """
     flattened, images = [], []
     if not isinstance(messages, (list, tuple)):
         raise TypeError(f"A conversation is a list of messages, got {messages!r:.80}.")
@@ -967,7 +1077,14 @@ def _flatten_conversation(
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TypeError(f"A message is a dict with a 'role' and a 'content', got {message!r:.80}.")
         others = {name: value for name, value in message.items() if name != "content" and value is not None}
-        content, pictures = flatten_content(message.get("content"), guard, images_first)
+        content = message.get("content")
+        if keep_parts and isinstance(content, (list, tuple)):
+            texts, pictures = split_content(content)
+            texts = guard.protect(texts) if guard else texts
+            parts = [part for text in texts for part in ({"type": "text", "text": text}, {"type": "image"})][:-1]
+            content = [part for part in parts if part.get("text") != ""]
+        else:
+            content, pictures = flatten_content(content, guard, images_first)
         flattened.append({**(guard.protect(others) if guard else others), "content": content})
         images += pictures
     return flattened, images

@@ -1,7 +1,8 @@
 """Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
 
 safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
-stored names -> dequantised in every call, or once for all with `from_pretrained(..., dequantize=True)`.
+stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all with
+`from_pretrained(..., dequantize=True)`.
 
 What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
 incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
@@ -31,6 +32,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import cached_files
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .packed_matmul import has_kernel, multiply_packed
 
 if is_accelerate_available():
     from accelerate import dispatch_model, infer_auto_device_map
@@ -422,6 +425,8 @@ class PackedLinear(nn.Linear):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             output = _PackedMatmul.apply(hidden_states, self)
+        elif has_kernel(self.format.name, hidden_states, self._parameters):
+            output = multiply_packed(self.format.name, hidden_states, self.packed_tensors())
         else:
             output = self.multiply(hidden_states)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -323,7 +323,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
-        if problems and not wants_info:
+        if problems and not wants_info and pretrained_model_name_or_path is not None:  # not for weights by hand
             shown = "; ".join(
                 f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
             )

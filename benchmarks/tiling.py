@@ -14,20 +14,21 @@ the picture, result included (Linux with glibc only, otherwise null).
 
 import argparse
 import ctypes
-import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
-import transformers
 from nemotron_vl.image_processing import NemotronVLImageProcessor, select_tile_grid
 from PIL import Image
+
+from benchmarks.common import compare, report
+
+try:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+except ImportError:  # transformers 4.57 has it for torchvision alone
+    GotOcr2ImageProcessorPil = None
 
 TILE = 512
 
@@ -86,22 +87,14 @@ def measure(width: int, height: int, num_rounds: int) -> dict[str, object]:
         variants["ours_uint8"]() * (1 / 255), expected
     ):
         raise ValueError(f"Tiles of a {width}x{height} picture differ from the published recipe's: nothing to time.")
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(num_rounds):
-        for name, variant in variants.items():
-            start = time.process_time()
-            variant()
-            times[name].append(1e3 * (time.process_time() - start))
-    result: dict[str, object] = {"width": width, "height": height, "num_tiles": len(expected), "bit_exact": True}
+    if GotOcr2ImageProcessorPil is not None:
+        # InternVL's tiling: no doubling, bicubic, mean and std; as many tiles, other pixels.
+        other = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=12, size={"height": TILE, "width": TILE})
+        variants["got_ocr2_pil"] = lambda: other(picture, return_tensors="pt")["pixel_values"]
+    timed = compare(variants, peer="published", rounds=num_rounds)
     for name, variant in variants.items():
-        low, median, high = statistics.quantiles(times[name], n=4)
-        result[name] = {
-            "median_ms": round(median, 1),
-            "quartiles_ms": [round(low, 1), round(high, 1)],
-            "times_faster": round(statistics.median(times["published"]) / median, 2),
-            "peak_extra_mib": peak_extra_mib(variant),
-        }
-    return result
+        timed[name]["peak_extra_mib"] = peak_extra_mib(variant)
+    return {"case": f"{width}x{height}", "num_tiles": len(expected), "bit_exact": True, **timed}
 
 
 def main() -> None:
@@ -111,22 +104,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes]
-    report = {
-        "benchmark": "tiling",
-        "cpu": platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "num_threads": torch.get_num_threads(),
-        "rounds": arguments.rounds,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "pillow": PIL.__version__,
-        },
-        "date": time.strftime("%Y-%m-%d"),
-        "results": [measure(width, height, arguments.rounds) for width, height in sizes],
-    }
-    print(json.dumps(report))
+    report("tiling", [measure(*size, arguments.rounds) for size in sizes], rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    pipeline,
+)
 
 MODEL_DOORS = ["AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
 PICTURE = Image.new("RGB", (60, 20), (200, 30, 90))
@@ -63,6 +71,28 @@ def through(source: str, **where) -> tuple[dict, torch.Tensor]:
     }, logits
 
 
+def through_pipeline(source: str, **where) -> list[str]:
+    """Answer MESSAGES by the pipeline, and by hand."""
+    model = AutoModel.from_pretrained(source, trust_remote_code=True, **where).eval()
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **where)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    # A pipeline has no place for a subfolder; it takes the loaded parts.
+    given = {"model": model, "processor": processor} if where else {"model": source, "trust_remote_code": True}
+    pipe = pipeline("image-text-to-text", device="cpu", **given)
+    answer = pipe(text=MESSAGES, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
+    inputs = encode(processor)
+    output = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    return [answer, processor.decode(output, skip_special_tokens=True)]
+
+
+def refusal(load) -> str:
+    """What `load` says without trust in the code; a class that came instead is named."""
+    try:
+        return type(load()).__name__
+    except ValueError as error:
+        return str(error)
+
+
 def main(checkpoint: Path, repository: Path, out: Path) -> None:
     results, logits = {"version": transformers.__version__}, {}
     results["local"], logits["local"] = through(str(checkpoint))
@@ -71,10 +101,17 @@ def main(checkpoint: Path, repository: Path, out: Path) -> None:
 
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     inputs = encode(processor)
-    for door in MODEL_DOORS:
-        if hasattr(transformers, door):
-            model = getattr(transformers, door).from_pretrained(checkpoint, trust_remote_code=True)
-            logits[door] = model(**inputs).logits.detach()
+    sources = (
+        ("local", checkpoint, {}),
+        ("hub", "org/tiny-model.v1", {}),
+        ("subfolder", repository, {"subfolder": "nano"}),
+    )
+    for name, source, where in sources:
+        results[f"{name} pipeline"] = through_pipeline(str(source), **where)
+        for door in MODEL_DOORS:
+            if hasattr(transformers, door):
+                model = getattr(transformers, door).from_pretrained(source, trust_remote_code=True, **where)
+                logits[f"{name} {door}"] = model(**inputs).logits.detach()
 
     # The flat export for clients that take only a path, and the round trip of what the doors gave.
     for name, source, where in (
@@ -88,13 +125,11 @@ def main(checkpoint: Path, repository: Path, out: Path) -> None:
         results[name + " files"] = sorted(path.name for path in folder.iterdir())
         results[name + " auto_map"] = json.loads((folder / "config.json").read_text())["auto_map"]
 
-    results["no trust"] = {}
-    for door in ("AutoConfig", "AutoModel", "AutoProcessor"):
-        try:
-            loaded = getattr(transformers, door).from_pretrained(checkpoint, trust_remote_code=False)
-            results["no trust"][door] = type(loaded).__name__
-        except ValueError as error:
-            results["no trust"][door] = "trust_remote_code" if "trust_remote_code" in str(error) else str(error)
+    doors = [getattr(transformers, door).from_pretrained for door in MODEL_DOORS if hasattr(transformers, door)]
+    doors += [AutoConfig.from_pretrained, AutoProcessor.from_pretrained, AutoImageProcessor.from_pretrained]
+    results["no trust"] = [refusal(functools.partial(door, checkpoint, trust_remote_code=False)) for door in doors]
+    untrusted = functools.partial(pipeline, "image-text-to-text", model=str(checkpoint), trust_remote_code=False)
+    results["no trust"].append(refusal(untrusted))
 
     loader = DataLoader(
         ["Hello"],

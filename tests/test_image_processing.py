@@ -223,7 +223,6 @@ def test_pixels_equal_the_published_recipe(size, upscale):
 def test_bands_do_not_change_the_pixels(monkeypatch, band_height):
     levels = noise(97, 61)
     monkeypatch.setattr(image_processing, "BAND_BYTES", band_height * 4 * 97)
-    monkeypatch.setattr(image_processing, "READ_BYTES", 2 * 4 * 97)
     for upscale in (1, 2):
         expected = published_tiles(Image.fromarray(levels), upscale=upscale)
         assert torch.equal(tiles_of(Image.fromarray(levels), upscale=upscale), expected)
@@ -847,3 +846,12 @@ def test_module_needs_no_sibling_and_no_torchvision():
     assert get_relative_imports(path) == []
     needed = {name.split(".")[0] for name in get_imports(path)} - set(sys.stdlib_module_names)
     assert needed == {"numpy", "PIL", "torch", "transformers"}
+
+
+def test_internvls_switch_for_cutting_is_understood():
+    """TRL's GRPO asks for the counts of tiles with it."""
+    processor = NemotronVLImageProcessor(image_size=64)
+    picture = Image.new("RGB", (200, 100))
+    assert processor([[picture]], crop_to_patches=True)["num_patches"] == processor(picture)["num_patches"]
+    with pytest.raises(ValueError, match="max_num_tiles=1"):
+        processor(picture, crop_to_patches=False)

@@ -614,3 +614,35 @@ def test_parts_are_known_under_the_usual_names(model):
     assert model.multi_modal_projector is model.mlp1
     assert model.get_decoder() is model.language_model.model
     assert model.get_output_embeddings() is model.language_model.lm_head
+
+
+def test_weights_brought_by_hand_need_not_be_all(model):
+    bias = torch.arange(64.0)
+    config = copy.deepcopy(model.config)
+    partly = Llama_Nemotron_Nano_VL.from_pretrained(None, config=config, state_dict={"mlp1.3.bias": bias})
+    assert torch.equal(partly.mlp1[3].bias, bias)
+    assert partly.get_output_embeddings().weight.std() > 0
+
+
+def test_resized_embeddings_read_the_old_tokens_alike_and_are_saved(tiny_checkpoint, processor, tmp_path):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+    batch = encode(processor, [ONE])
+    old_size, expected = model.config.text_config.vocab_size, model(**batch).logits
+    model.resize_token_embeddings(old_size + 8)
+    assert model.config.text_config.vocab_size == old_size + 8
+    torch.testing.assert_close(model(**batch).logits[..., :old_size], expected)
+    model.save_pretrained(tmp_path)
+    again = Llama_Nemotron_Nano_VL.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_tied_embeddings_stay_tied_through_a_save(model, tmp_path):
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    tied = Llama_Nemotron_Nano_VL(config)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    tied.save_pretrained(tmp_path)
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = Llama_Nemotron_Nano_VL.from_pretrained(tmp_path)
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert torch.equal(again.get_input_embeddings().weight, tied.get_input_embeddings().weight)

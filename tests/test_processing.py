@@ -1,6 +1,7 @@
 """Prompts: placeholders become image runs, text stays data, batches are padded on the left."""
 
 import base64
+import copy
 import io
 import json
 
@@ -183,11 +184,11 @@ def test_text_without_images_brings_no_tiles(processor):
 
 
 def test_images_of_the_wrong_text_are_refused(processor):
-    with pytest.raises(ValueError, match=r"\[1, 0\] <image> placeholders but \[0, 1\] images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[1, 0\] and \[0, 1\] images were given"):
         processor(text=["<image>", "none"], images=[[], [SMALL]])
-    with pytest.raises(ValueError, match=r"\[1\] <image> placeholders but 0 images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[1\] and 0 images were given"):
         processor(text="<image>")
-    with pytest.raises(ValueError, match=r"\[0\] <image> placeholders but 1 images"):
+    with pytest.raises(ValueError, match=r"the prompts have \[0\] and 1 images were given"):
         processor(text="none", images=SMALL)
 
 
@@ -311,11 +312,12 @@ def test_variables_of_the_call_win_over_the_tokenizers(processor):
     assert with_bos == "<|begin_of_text|>" + without
 
 
-def test_mm_token_type_ids_mark_visual_tokens(processor):
+def test_mm_token_type_ids_mark_what_an_image_takes_up(processor):
+    """Engines find the places of the images by them, and split them by the counts from the sizes."""
     out = processor(text="a<image>", images=SMALL, return_mm_token_type_ids=True)
     types = out["mm_token_type_ids"][0]
-    assert sum(types) == processor.tokens_per_tile
-    assert [int(i == processor.image_token_id) for i in out["input_ids"][0]] == types
+    assert [int(i in processor.image_token_ids) for i in out["input_ids"][0]] == types
+    assert [sum(types)] == processor._get_num_multimodal_tokens([(SMALL.height, SMALL.width)])["num_image_tokens"]
 
 
 def test_counts_from_sizes_equal_the_counts_of_real_images(processor):
@@ -453,3 +455,110 @@ def test_oldest_turns_are_dropped_whole_with_their_images(processor):
     assert cut.input_ids.count(processor.image_token_id) == 8
     assert "sys" in cut.text and "third" in cut.text
     assert len(cut.input_ids) <= limit
+
+
+def test_the_image_processors_input_names_say_what_is_returned(processor):
+    """For clients that hand everything on to a function that knows fewer names."""
+    narrow = copy.deepcopy(processor)
+    narrow.image_processor.model_input_names = ["pixel_values"]
+    picture = Image.new("RGB", (80, 40))
+    whole, less = (one(images=[picture], text="<image>", return_tensors="pt") for one in (processor, narrow))
+    assert set(whole) - set(less) == {"num_patches"} and set(less) == set(narrow.model_input_names)
+    assert all((whole[name] == less[name]).all() for name in less)
+
+
+# --- what transformers' own suite asks of a processor (tests/standard_suites.py) -----------------------------------
+
+
+def test_nothing_to_process_is_refused(processor):
+    with pytest.raises(ValueError, match="images, text or both"):
+        processor()
+
+
+def test_an_option_given_twice_is_refused(processor):
+    with pytest.raises(ValueError, match=r"\['padding'\] are given twice, by name and in text_kwargs"):
+        processor(text="x", padding=True, text_kwargs={"padding": False})
+    with pytest.raises(ValueError, match=r"\['upscale'\] are given twice, by name and in images_kwargs"):
+        processor(text="<image>", images=SMALL, upscale=1, images_kwargs={"upscale": 1})
+    common = processor(text="x", common_kwargs={"return_tensors": "np"}, return_tensors="pt")
+    assert isinstance(common["input_ids"], torch.Tensor)
+
+
+def test_what_the_tokenizer_was_loaded_with_holds_until_a_call_says_otherwise(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    padded = NemotronVLProcessor.from_pretrained(tmp_path, padding="max_length", max_length=9)
+    assert len(padded(text="abc")["input_ids"][0]) == 9
+    assert len(padded(text="abc", padding=False)["input_ids"][0]) < 9
+
+
+def test_what_is_said_about_videos_changes_nothing_but_videos_are_refused(processor):
+    plain = processor(text="<image>", images=SMALL)
+    assert (
+        processor(text="<image>", images=SMALL, num_frames=2, fps=None, videos=[])["input_ids"] == plain["input_ids"]
+    )
+    with pytest.raises(ValueError, match="takes no videos; send the frames"):
+        processor(text="x", videos=[[SMALL]])
+
+
+@pytest.mark.parametrize("image_tag_type", ["internvl", "nvlm"])
+def test_replacement_offsets_find_the_images_in_the_prompt_before_and_after(processor, image_tag_type):
+    processor = NemotronVLProcessor(processor.image_processor, processor.tokenizer, image_tag_type=image_tag_type)
+    prompts = ["a<image>b<image>", "none"]
+    out = processor(
+        text=prompts,
+        images=[SMALL, Image.new("RGB", (60, 20))],
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+        padding=True,
+        add_special_tokens=False,
+    )
+    first, none = out["text_replacement_offsets"]
+    assert none == [] and [one["type"] for one in first] == ["image", "image"]
+    expanded = processor.tokenizer.decode(out["input_ids"][0])
+    for one in first:
+        assert prompts[0][slice(*one["span"])] == one["text"] == "<image>"
+        assert expanded[slice(*one["new_span"])] == one["replacement"]
+
+
+def test_replacement_offsets_of_messages_ignore_what_protects_their_text(processor):
+    messages = user(text("Is <image> a word?"), picture())
+    options = {"tokenize": True, "return_dict": True, "return_text_replacement_offsets": True}
+    out = processor.apply_chat_template(messages, **options)
+    rendered = processor.apply_chat_template(user(text("Is <image> a word?"), picture(None)))
+    (one,) = out["text_replacement_offsets"][0]
+    assert rendered[slice(*one["span"])] == "<image>" and one["span"][0] == rendered.rindex("<image>")
+
+
+PARTS_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ image_token if part['type'] == 'image' else part['text'] }}{% endfor %}|{% endfor %}"
+)
+
+
+def test_a_template_that_reads_parts_gets_parts(processor):
+    messages = user(text("<ima"), text("ge>"), picture(), text("What?"))
+    for variables in ({}, {"image_token": "<image>"}):
+        ids = tokenize(processor, messages, chat_template=PARTS_TEMPLATE, add_generation_prompt=False, **variables)
+        ids = ids["input_ids"][0]
+        assert ids.count(processor.image_token_id) == processor.tokens_per_tile  # the text forges none
+        assert processor.tokenizer.decode(ids).endswith("</img>\nWhat?|")
+
+
+def test_a_template_that_takes_strings_gets_strings(processor):
+    template = "{% for message in messages %}{{ message['content'] + '|' }}{% endfor %}"
+    messages = user(picture(), text("What?"))
+    rendered = processor.apply_chat_template(messages, chat_template=template)
+    assert rendered == "<image>\nWhat?|"
+
+
+def test_counts_from_sizes_know_the_way_images_are_written(processor):
+    tagged = NemotronVLProcessor(processor.image_processor, processor.tokenizer, image_tag_type="nvlm")
+    out = tagged(text="<image>", images=SMALL, return_mm_token_type_ids=True)
+    counts = tagged._get_num_multimodal_tokens([(SMALL.height, SMALL.width)])["num_image_tokens"]
+    assert counts == [sum(out["mm_token_type_ids"][0])] == [tagged.tokens_per_tile]
+
+
+def test_saving_changes_nothing_of_the_processor(processor, tmp_path):
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before == NemotronVLProcessor.from_pretrained(tmp_path).to_dict()

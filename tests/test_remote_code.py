@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
-from tests.front_doors import encode
+from tests.front_doors import MODEL_DOORS, encode
 from tools import ROOT
 
 MODULES = sorted(path.name for path in ROOT.glob("*.py"))
@@ -123,8 +123,10 @@ def test_the_fresh_process_runs_this_transformers(doors):
 
 
 def test_every_door_gives_the_side_door_logits(doors, side_door_logits):
-    expected = {"local", "hub", "subfolder", "export", "round trip", "AutoModel", "AutoModelForImageTextToText"}
-    assert expected <= set(doors[1])
+    sources = {"local", "hub", "subfolder"}
+    classes = {name for name in MODEL_DOORS if hasattr(transformers, name)}
+    expected = sources | {"export", "round trip"} | {f"{source} {name}" for source in sources for name in classes}
+    assert expected == set(doors[1])
     for door, logits in doors[1].items():
         torch.testing.assert_close(logits, side_door_logits, msg=door)
 
@@ -149,8 +151,16 @@ def test_saving_brings_the_code_along(doors, name):
     assert not [entry for entry in doors[0][name + " auto_map"].values() if "--" in entry]
 
 
+@pytest.mark.parametrize("source", ["local", "hub", "subfolder"])
+def test_the_pipeline_answers_as_generate_does(doors, source):
+    by_pipeline, by_hand = doors[0][f"{source} pipeline"]
+    assert by_pipeline == by_hand
+
+
 def test_without_trust_it_is_refused_and_no_native_class_steps_in(doors):
-    assert doors[0]["no trust"] == dict.fromkeys(["AutoConfig", "AutoModel", "AutoProcessor"], "trust_remote_code")
+    assert len(doors[0]["no trust"]) == len([name for name in MODEL_DOORS if hasattr(transformers, name)]) + 4
+    for words in doors[0]["no trust"]:
+        assert "contains custom code" in words and "`trust_remote_code=True`" in words
 
 
 def test_a_spawned_worker_can_use_the_processor(doors):

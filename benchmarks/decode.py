@@ -1,0 +1,106 @@
+"""Decode at batch 1: time of a token, and what our class adds to transformers' own loop over the bare language model.
+
+    python -m benchmarks.decode                       # CPU: a narrow part of the 8B; GPU: all of it, 3,600 tokens before
+    python -m benchmarks.decode --checkpoint DIR      # a quantised checkpoint, packed
+
+"host": a model of two narrow layers, where the host's share shows; the difference to the bare model is what our class
+costs (goal: 40 us a token). "weights": layers that do not fit the caches; the limit copies as many bytes as a token
+has to read. On a GPU the peers are Hugging Face's eager loop and its static cache with compilation, which ours takes by
+default, so their difference is noise unless our class gets in the way.
+"""
+
+import argparse
+import statistics
+
+import torch
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+
+from benchmarks.common import DEVICE, compare, make_model, prompt_ids, read_limit, report, seconds_of
+from tools.tiny_checkpoint import make_config, make_tokenizer
+
+
+def steps(model: torch.nn.Module, num_prompt: int, num_new: int, **options: object):
+    """A call that generates `num_new` tokens after the first; and one that generates the first alone."""
+    ids = prompt_ids(num_prompt)
+    fixed = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1, **options}
+
+    def generate(num_tokens: int) -> object:
+        return model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, **fixed)
+
+    return lambda: seconds_of(lambda: generate(num_new + 1)) - seconds_of(lambda: generate(1))
+
+
+def host_cost(rounds: int) -> dict[str, object]:
+    """Microseconds that our class adds to a step, by round: ours minus bare, both in the same round."""
+    model = Llama_Nemotron_Nano_VL(make_config(make_tokenizer())).eval().to(DEVICE)
+    parts = {"ours": model, "plain_generate": model.language_model}
+    calls = {name: steps(part, 32, 32, disable_compile=True) for name, part in parts.items()}
+    for call in calls.values():
+        call()
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(1e6 * call() / 32)
+    added = [ours - bare for ours, bare in zip(times["ours"], times["plain_generate"], strict=True)]
+    low, median, high = statistics.quantiles(added, n=4)
+    return {
+        "case": "host",
+        "layers": 2,
+        **{name: {"median_us": round(statistics.median(values), 1)} for name, values in times.items()},
+        "added_us": {"median": round(median, 1), "quartiles": [round(low, 1), round(high, 1)]},
+    }
+
+
+def weight_bytes(model: torch.nn.Module, num_cached: int) -> int:
+    """Bytes that one token reads: layers, `lm_head`, and the keys and values of the tokens before."""
+    text = model.config.text_config
+    layers = [*model.language_model.model.layers.parameters(), *model.language_model.lm_head.parameters()]
+    head_dim = text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * num_cached * model.dtype.itemsize
+    return sum(weight.numel() * weight.element_size() for weight in layers) + cache
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--prompt-tokens", type=int, default=3600 if DEVICE == "cuda" else 64)
+    parser.add_argument("--new-tokens", type=int, default=64 if DEVICE == "cuda" else 8)
+    parser.add_argument("--rounds", type=int, default=11 if DEVICE == "cuda" else 7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.checkpoint:
+        model = Llama_Nemotron_Nano_VL.from_pretrained(arguments.checkpoint, dtype="auto").eval().to(DEVICE)
+    else:
+        model = make_model(tower={"num_hidden_layers": 1})
+    lengths = (arguments.prompt_tokens, arguments.new_tokens)
+    bare = model.language_model
+    limit = read_limit(weight_bytes(model, arguments.prompt_tokens))
+    calls = {
+        "plain_generate": steps(bare, *lengths, disable_compile=True),
+        "ours": steps(model, *lengths),
+        "limit_copy": lambda: seconds_of(lambda: [limit() for _ in range(arguments.new_tokens)]),
+    }
+    if DEVICE == "cuda":
+        calls["hf_static_compiled"] = steps(bare, *lengths, cache_implementation="static")
+    result = compare(
+        calls,
+        peer="plain_generate",
+        rounds=arguments.rounds,
+        limit="limit_copy",
+        per=arguments.new_tokens,
+        measure=lambda call: call(),
+    )
+    megabytes = weight_bytes(model, arguments.prompt_tokens) / 1e6
+    report(
+        "decode",
+        [{"case": "weights", "megabytes_a_token": round(megabytes, 1), **result}, host_cost(3 * arguments.rounds)],
+        rounds=arguments.rounds,
+        dtype=str(model.dtype),
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        checkpoint=arguments.checkpoint,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The fast paths are the exact paths: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
+
+import threading
+
+import pytest
+import torch
+from nemotron_vl import modeling_nemotron_vl
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from PIL import Image
+from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers.generation.streamers import TextIteratorStreamer
+from transformers.utils import is_flash_attn_2_available
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
+    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint) -> NemotronVLProcessor:
+    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (20, 60, 3), generator=generator, dtype=torch.uint8).numpy()
+    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "?"}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Have the CPU treated as a device whose generations are compiled by default."""
+    monkeypatch.setattr(modeling_nemotron_vl, "COMPILED_DEVICES", ("cpu",))
+
+
+def caches_of(model, call) -> list[str]:
+    """The kinds of cache that the language model is given while `call` runs."""
+    seen = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(type(kwargs["past_key_values"]).__name__), with_kwargs=True
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return sorted(set(seen))
+
+
+def test_generation_takes_a_static_cache_by_default_where_it_is_compiled(model, batch, as_on_cuda):
+    assert caches_of(model, lambda: model.generate(**batch, **GREEDY)) == ["StaticCache"]
+
+
+def test_generation_takes_a_dynamic_cache_elsewhere(model, batch):
+    assert caches_of(model, lambda: model.generate(**batch, **GREEDY)) == ["DynamicCache"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"disable_compile": True},
+        {"cache_implementation": "dynamic"},
+        {"past_key_values": None, "num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"generation_config": GenerationConfig(disable_compile=True, **GREEDY)},
+        {"prefill_chunk_size": 7},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_static_cache_is_left_out_on_request_and_where_it_cannot_serve(model, batch, as_on_cuda, options):
+    caches = caches_of(model, lambda: model.generate(**batch, **{**GREEDY, **options}))
+    assert not any("Static" in cache for cache in caches)
+
+
+def test_a_kept_cache_is_used_as_it_is(model, batch, as_on_cuda):
+    cache = DynamicCache(config=model.config.get_text_config())
+    caches = caches_of(model, lambda: model.generate(**batch, **GREEDY, past_key_values=cache))
+    assert caches == ["DynamicCache"] and cache.get_seq_length() > batch["input_ids"].shape[1]
+
+
+def test_other_threads_keep_the_dynamic_cache(model, batch, as_on_cuda):
+    caches = []
+    thread = threading.Thread(
+        target=lambda: caches.extend(caches_of(model, lambda: model.generate(**batch, **GREEDY)))
+    )
+    thread.start()
+    thread.join()
+    assert caches == ["DynamicCache"]
+
+
+def test_static_cache_by_default_changes_no_token(model, batch, processor, as_on_cuda, monkeypatch):
+    static = model.generate(**batch, **GREEDY)
+    chat = model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
+    monkeypatch.setattr(modeling_nemotron_vl, "COMPILED_DEVICES", ())
+    assert torch.equal(static, model.generate(**batch, **GREEDY))
+    assert chat == model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
+
+
+def test_compiled_decode_gives_the_tokens_of_the_plain_one(model, batch, as_on_cuda):
+    plain = model.generate(**batch, **GREEDY, disable_compile=True)
+    graphs = []
+
+    def count_graphs(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    # "On all devices" is how transformers' own tests compile on a CPU. fullgraph: nothing of a step falls out.
+    config = CompileConfig(backend=count_graphs, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    try:
+        compiled = model.generate(**batch, **GREEDY, compile_config=config)
+    finally:
+        torch.compiler.reset()
+        model.__dict__.pop("_compiled_call", None)
+    assert torch.equal(compiled, plain)
+    assert len(graphs) == 1  # one graph for all steps: no shape changes from token to token
+
+
+def test_prefill_computes_the_logits_of_the_last_position_alone(model, batch):
+    lengths = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    model.generate(**batch, **GREEDY)
+    hook.remove()
+    assert set(lengths) == {1}
+
+
+def test_all_tiles_run_through_the_tower_in_one_batch(model, batch):
+    batches = []
+    hook = model.vision_model.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    model.generate(**batch, **GREEDY)
+    hook.remove()
+    assert batches == [len(batch["pixel_values"])] and batches[0] > 1
+
+
+def test_features_are_computed_once_and_used_for_two_questions(model, batch):
+    pixels = {name: batch[name] for name in ("pixel_values", "num_patches")}
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        features = {"image": model.get_image_features(**pixels)}
+    expected = model.generate(**batch, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(model.generate(**text, **GREEDY, mm_encoder_outputs=features), expected)
+
+
+def test_uint8_tiles_are_rescaled_where_the_tower_is(model, processor, batch):
+    pixels = torch.randint(0, 256, (20, 60, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
+    levels = processor.image_processor(pixels, do_rescale=False)["pixel_values"]
+    assert levels.dtype == torch.uint8
+    raw = {**batch, "pixel_values": levels}
+    with torch.no_grad():
+        assert torch.equal(model(**raw).logits, model(**batch).logits)
+    assert torch.equal(model.generate(**raw, **GREEDY), model.generate(**batch, **GREEDY))
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_attention_is_chosen_per_part(tiny_checkpoint, batch, part):
+    chosen = {"text_config": "sdpa", "vision_config": "sdpa", part: "eager"}
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, attn_implementation=chosen).eval()
+    assert {name: getattr(model.config, name)._attn_implementation for name in chosen} == chosen
+    assert model.language_model.config._attn_implementation == chosen["text_config"]
+    assert model.vision_model.config._attn_implementation == chosen["vision_config"]
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
+
+
+def test_sdpa_is_the_default_of_both_parts(model):
+    assert model.language_model.config._attn_implementation == "sdpa"
+    assert model.vision_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed here")
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None])
+def test_flash_attention_that_is_not_installed_is_an_error_that_names_the_package(tiny_checkpoint, part):
+    chosen = {part: "flash_attention_2"} if part else "flash_attention_2"
+    with pytest.raises(ImportError, match="pip install flash-attn"):
+        Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, attn_implementation=chosen)
+
+
+def test_the_step_of_a_generation_reads_a_stored_signature():
+    import inspect
+
+    stored = Llama_Nemotron_Nano_VL.forward.__signature__
+    assert inspect.signature(Llama_Nemotron_Nano_VL.forward) is stored
+    assert list(stored.parameters)[:3] == ["self", "input_ids", "pixel_values"]
+
+
+def test_streaming_from_a_thread_equals_the_answer(model, processor, batch, as_on_cuda):
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    thread = threading.Thread(target=lambda: model.generate(**batch, **GREEDY, streamer=streamer))
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    answer = model.generate(**batch, **GREEDY)[0, batch["input_ids"].shape[1] :]
+    assert streamed == processor.tokenizer.decode(answer)

@@ -1,0 +1,156 @@
+"""The kernels for packed weights against the layer that unpacks: on a GPU, or in Triton's interpreter on a CPU.
+
+In the interpreter (`pip install --no-deps triton`), in a process of its own, because Triton asks once, when imported:
+
+    TRITON_INTERPRET=1 python -m pytest -q tests/test_packed_matmul.py
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from nemotron_vl import packed_matmul
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear, TensorHeader
+from torch import nn
+
+from tools import ROOT
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_kernels = pytest.mark.skipif(
+    not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())),
+    reason="needs Triton (pip install --no-deps triton) and a GPU or TRITON_INTERPRET=1",
+)
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# Of the largest output: one rounding. The interpreter cuts off bits in a cast to bfloat16, GPUs round.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_this_device(monkeypatch):
+    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", (DEVICE,))
+
+
+def packed_layer(name: str, rows: int, columns: int) -> PackedLinear:
+    """A layer whose stored bytes take every value that the format has."""
+    generator = torch.Generator().manual_seed(rows + columns)
+
+    def finite_e4m3(*shape: int) -> torch.Tensor:
+        byte = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        byte[(byte & 127) == 127] = 0x7E  # the two codes of NaN
+        return byte
+
+    if name == "NVFP4":
+        stored = {
+            "weight": torch.randint(0, 256, (rows, columns // 2), generator=generator, dtype=torch.uint8),
+            "weight_scale": (finite_e4m3(rows, columns // 16) & 127).view(torch.float8_e4m3fn),
+            "weight_scale_2": torch.tensor(3e-4),
+        }
+    else:
+        weight = finite_e4m3(rows, columns).view(torch.float8_e4m3fn)
+        stored = {"weight": weight, "weight_scale": torch.tensor([2e-3])}
+    dtypes = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+    headers = {key: TensorHeader(dtypes[t.dtype], tuple(t.shape), "", 0, 0) for key, t in stored.items()}
+    layer = PackedLinear(nn.Linear(columns, rows, bias=True, device="meta"), FORMATS[name], headers)
+    for key, tensor in stored.items():
+        layer.register_parameter(key, nn.Parameter(tensor.to(DEVICE), requires_grad=False))
+    layer.bias = nn.Parameter(torch.randn(rows, generator=generator).to(DEVICE))
+    return layer
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows, columns", [(8, 16), (37, 528), (64, 1040)])
+@pytest.mark.parametrize("name", packed_matmul.FORMATS)
+def test_kernel_equals_the_unpacked_layer(monkeypatch, name, rows, columns, dtype):
+    layer = packed_layer(name, rows, columns)
+    for shape in ((columns,), (1, 1, columns), (packed_matmul.MAX_ROWS, columns)):
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+        with torch.no_grad():
+            assert packed_matmul.has_kernel(name, inputs, layer._parameters)
+            output = layer(inputs)
+            with monkeypatch.context() as patch:
+                patch.setattr(packed_matmul, "KERNEL_DEVICES", ())
+                expected = layer(inputs)
+        assert output.dtype == expected.dtype == dtype and output.shape == expected.shape
+        error = (output.float() - expected.float()).abs().max()
+        assert error <= TOLERANCE[dtype] * expected.float().abs().max()
+
+
+@needs_kernels
+def test_all_codes_mean_what_the_format_says():
+    """A row of ones on the diagonal reads single weights: every byte of both formats, exactly."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    weight = byte.view(torch.float8_e4m3fn)[:, None].repeat(1, 16).to(DEVICE)
+    stored = {"weight": weight, "weight_scale": torch.tensor(1.0, device=DEVICE)}
+    one = torch.zeros(16, device=DEVICE)
+    one[3] = 1
+    # 0 * NaN is NaN, so the two codes of NaN stand for their rows.
+    read = packed_matmul.multiply_packed("FP8", one, stored).cpu()
+    assert torch.equal(read.nan_to_num(-1), byte.view(torch.float8_e4m3fn).float().nan_to_num(-1))
+    codes = {
+        "weight": byte[:, None].repeat(1, 8).to(DEVICE),
+        "weight_scale": torch.ones(256, 1, device=DEVICE).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(1.0, device=DEVICE),
+    }
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for column, nibble in ((2, byte & 15), (3, byte >> 4)):
+        one = torch.zeros(16, device=DEVICE)
+        one[column] = 1
+        assert torch.equal(packed_matmul.multiply_packed("NVFP4", one, codes).cpu(), values[nibble.int()])
+
+
+@needs_kernels
+@pytest.mark.parametrize("checkpoint", ["checkpoint_nvfp4", "checkpoint_fp8"])
+def test_generation_with_kernels_gives_the_tokens_without(golden_8b, monkeypatch, checkpoint):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(golden_8b / checkpoint).eval().to(DEVICE)
+    ids = torch.arange(3, 20, device=DEVICE)[None]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    options["disable_compile"] = True
+    calls, multiply = [], packed_matmul.multiply_packed
+    monkeypatch.setattr(
+        sys.modules[PackedLinear.__module__], "multiply_packed", lambda *args: calls.append(args[0]) or multiply(*args)
+    )
+    with_kernels = model.generate(ids, **options)
+    assert calls
+    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", ())
+    assert torch.equal(with_kernels, model.generate(ids, **options))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", packed_matmul.FORMATS)
+def test_a_compiled_layer_is_one_graph_with_the_same_numbers(name):
+    layer = packed_layer(name, 24, 32)
+    inputs = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)(inputs)
+        assert torch.equal(compiled, layer(inputs))
+
+
+def test_prompts_and_other_formats_are_unpacked(monkeypatch):
+    monkeypatch.setattr(packed_matmul, "triton", object())
+    row = torch.zeros(packed_matmul.MAX_ROWS, 16)
+    assert packed_matmul.has_kernel("NVFP4", row, {})
+    assert not packed_matmul.has_kernel("NVFP4", torch.zeros(packed_matmul.MAX_ROWS + 1, 16), {})
+    assert not packed_matmul.has_kernel("NVFP4", torch.zeros(0, 16), {})
+    assert not packed_matmul.has_kernel("W4A16_AWQ", row, {})
+    assert not packed_matmul.has_kernel("NVFP4", row, {"pre_quant_scale": row})
+    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", ("cuda",))
+    assert not packed_matmul.has_kernel("NVFP4", row, {}) and not packed_matmul.has_kernel("NVFP4", row.to("meta"), {})
+    monkeypatch.setattr(packed_matmul, "triton", None)
+    assert not packed_matmul.has_kernel("NVFP4", row, {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton (pip install --no-deps triton), once")
+def test_kernels_in_the_interpreter():
+    """Runs the tests above once more, where Triton's interpreter stands in for a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
