@@ -318,9 +318,9 @@ class StrictPreTrainedModel(PreTrainedModel):
             )
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
         check_index(folder)
-        if (folder / "config.json").is_file():
-            cls._check_size(folder, kwargs.get("config"))
         wants_info = kwargs.pop("output_loading_info", False)
+        if (folder / "config.json").is_file() and not wants_info:
+            cls._check_size(folder, kwargs.get("config"))
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
         if problems and not wants_info and pretrained_model_name_or_path is not None:  # not for weights by hand
