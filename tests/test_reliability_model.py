@@ -108,7 +108,7 @@ def test_an_answer_as_long_as_the_window_cannot_say_which_turns_fit(model, proce
     [
         *(3, "x", [torch.rand(3, 64, 64)], np.zeros((1, 3, 64, 64), np.float32), torch.rand(3, 64, 64)),
         *(torch.rand(1, 1, 3, 64, 64), torch.rand(1, 4, 64, 64), torch.rand(1, 3, 0, 0), torch.rand(1, 3, 40, 64)),
-        *(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.full((1, 3, 64, 64), float("nan"))),
+        *(torch.zeros(1, 3, 64, 64, dtype=torch.int64), torch.full((1, 3, 64, 64), float("nan"))),
         *(torch.full((1, 3, 64, 64), float("inf")), torch.full((1, 3, 64, 64), 255.0)),
     ],
     ids=lambda value: f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}",
