@@ -128,6 +128,8 @@ LARGEST = {
 
 IMAGE_TOKEN = "<image>"
 
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 # What every transformers config has; in a sub-config on disk the defaults of these say nothing.
 GENERIC_KEYS = (
     "architectures",
@@ -164,6 +166,16 @@ def _check_sizes(part: str, values: dict[str, Any]) -> None:
         smallest = 0 if name == "num_registers" else 1
         if name in LARGEST and size is not None and not (type(size) is int and smallest <= size <= LARGEST[name]):
             raise ValueError(f"{part}{name} must be a whole number in {smallest}..{LARGEST[name]}, got {size!r}.")
+
+
+def _check_dtype(part: str, values: dict[str, Any]) -> None:
+    """Raise for a dtype of weights that is none; transformers would ask torch for any attribute of that name."""
+    for key in ("dtype", "torch_dtype"):
+        dtype = values.get(key)
+        named = isinstance(dtype, str) and dtype.removeprefix("torch.") in WEIGHT_DTYPES
+        # torch.dtype without importing torch, which configs do not need.
+        if not (dtype is None or named or type(dtype).__name__ == "dtype"):
+            raise ValueError(f"{part}{key} must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r:.80}.")
 
 
 def _published_form(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +294,7 @@ class RADIOConfig(PretrainedConfig):
             (self.args.get("cpe_max_size"), "args.cpe_max_size"),
             default=self.max_resolution,
         )
+        _check_dtype("vision_config.", kwargs)
         self._set_sizes(hidden_size, num_hidden_layers, num_attention_heads, intermediate_size)
         self._set_prefix_tokens(num_cls_tokens, num_registers, summary_idxs)
         self._reject_unsupported()
@@ -445,6 +458,7 @@ class NemotronVLConfig(PretrainedConfig):
             raise ValueError(
                 f"This is not a {self.model_type} config; load it with the class of its own architecture."
             )
+        _check_dtype("", kwargs)
         # The model class is called like the model type, in the configs that NVIDIA publishes and here.
         doors = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
         kwargs["auto_map"] = {
@@ -502,6 +516,7 @@ class NemotronVLConfig(PretrainedConfig):
         if isinstance(llm_config, PretrainedConfig):
             return llm_config
         _check_sizes("llm_config.", llm_config)
+        _check_dtype("llm_config.", llm_config)
         # Deep copy: transformers standardises the rope dict in place, and this one is the caller's.
         return cls.sub_configs["text_config"](**copy.deepcopy(llm_config))
 

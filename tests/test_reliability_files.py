@@ -146,9 +146,12 @@ def test_pickles_are_never_opened(source, beside_safetensors):
         (None, "max_sequence_length", -1),
         (None, "vision_batch_size", 0),
         (None, "downsample_ratio", 1e-320),
+        (None, "torch_dtype", "../x.safetensors"),
+        ("llm_config", "torch_dtype", "nn"),
+        ("vision_config", "torch_dtype", 16),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_built(source, part, name, value):
+def test_absurd_values_are_refused_before_anything_is_built(source, part, name, value):
     config = json.loads((source / "config.json").read_text())
     (config[part] if part else config)[name] = value
     (source / "config.json").write_text(json.dumps(config))
