@@ -449,8 +449,10 @@ class RADIOModel(StrictPreTrainedModel):
         self._check_pixels(pixel_values)
         hidden_states = self.radio_model(pixel_values, **kwargs)
         num_patches = pixel_values.shape[-2] * pixel_values.shape[-1] // self.config.patch_size**2
+        # Slices, because a list as an index is copied to the device in every call; the empty one is for no index at all.
+        chosen = [hidden_states[:, index] for index in self.config.summary_idxs]
         return RADIOModelOutput(
-            summary=hidden_states[:, self.config.summary_idxs].flatten(1),
+            summary=torch.cat([hidden_states[:, :0].flatten(1), *chosen], dim=-1),
             features=hidden_states[:, -num_patches:],
             last_hidden_state=hidden_states,
         )

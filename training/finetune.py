@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import BitsAndBytesConfig, TrainingArguments
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from tools.chat import load
@@ -155,6 +155,7 @@ def finetune(recipe: Recipe) -> Path:
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"), remove_unused_columns=False, **{**options, **recipe.trainer}
     )
+    set_seed(arguments.seed)  # adapters begin at random, and in every process alike
     model, processor = load_for_training(recipe)
     is_drawn = recipe.data == "documents"
     dataset = DrawnDocuments(recipe.num_documents) if is_drawn else JsonLines(Path(recipe.data))
