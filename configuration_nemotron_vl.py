@@ -778,11 +778,16 @@ def read_image_token_id(pretrained_model_name_or_path: str | os.PathLike, **hub_
     Args:
         pretrained_model_name_or_path: directory or Hub id, as `from_pretrained` takes it.
         hub_kwargs: arguments of `transformers.utils.cached_file` (`subfolder`, `revision`, `cache_dir`, ...).
+
+    Raises:
+        ValueError: if one of the files holds no JSON object.
     """
     for filename in ("tokenizer_config.json", "tokenizer.json"):
         tokenizer = _read_json(pretrained_model_name_or_path, filename, **hub_kwargs)
         if tokenizer is None:
             continue
+        if not isinstance(tokenizer, dict):
+            raise ValueError(f"{filename} must hold a JSON object, got {tokenizer!r:.80}; download it again.")
         decoder = tokenizer.get("added_tokens_decoder", {})
         added = [(token["content"], int(token_id)) for token_id, token in decoder.items()]
         added += [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]

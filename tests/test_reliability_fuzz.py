@@ -113,6 +113,13 @@ def test_kept_pictures_are_refused(images, options):
         tiny_processor().image_processor(images, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [28400, 45200, 54700, 57200, 61600])
+def test_kept_damaged_checkpoints_are_loaded_or_refused(number):
+    """A dtype that is none; a lone surrogate, a token id and a length of the wrong kind; no JSON object."""
+    assert fuzz.run(number, "files", fuzz.Counter()) is None
+
+
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")

@@ -179,10 +179,11 @@ def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
             f"The tokenizer's <image> has id {image_token_id}, config.json's img_context_token_id is "
             f"{config.image_token_id}. One of the two belongs to another checkpoint."
         )
-    beyond = [token for token, token_id in added.items() if token_id >= config.llm_config.vocab_size]
+    ids = range(config.llm_config.vocab_size)
+    beyond = [token for token, token_id in added.items() if type(token_id) is not int or token_id not in ids]
     if beyond:
         found.problems.append(
-            f"The tokenizer's {beyond[0]} has id {added[beyond[0]]}, but llm_config.vocab_size is "
+            f"The tokenizer's {beyond[0]} has id {added[beyond[0]]!r:.40}, but llm_config.vocab_size is "
             f"{config.llm_config.vocab_size}."
         )
     template = _source_template(source, tokenizer)
@@ -231,7 +232,8 @@ def _spell_for_every_version(
         tokenizer[name] = next((token for token in candidates if token), None)
         if tokenizer[name] is None:
             del tokenizer[name]
-    if not 0 < (tokenizer.get("model_max_length") or 0) < LARGEST_CONTEXT:
+    length = tokenizer.get("model_max_length")
+    if not (isinstance(length, (int, float)) and 0 < length < LARGEST_CONTEXT):
         tokenizer["model_max_length"] = found.config.max_sequence_length
     for name in ("clean_up_tokenization_spaces", "model_input_names", "padding_side"):
         tokenizer.setdefault(name, ours[name])
@@ -339,7 +341,7 @@ def code_files(config: Any) -> dict[str, bytes]:
 
 
 def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def reasons_against(out: Path, found: Inspection, force: bool) -> list[str]:
