@@ -21,7 +21,7 @@ from training.batches import Encoder
 from training.documents import KINDS, LONG_KINDS, Document, document
 from training.drawing import draw, random_style, require_fonts
 from training.nano import build_model, load_tokenizer, tiles_of
-from training.perfect_cells import Reader, Run, build_optimizers, load_weights, set_progress
+from training.perfect_cells import Reader, Run, build_optimizers, load_weights, prepare_torch, set_progress
 
 BLANK_WEIGHT = 0.1  # most cells are blank
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    prepare_torch(arguments.threads)
     require_fonts()
 
     tokenizer = load_tokenizer()

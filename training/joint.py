@@ -28,6 +28,7 @@ from training.perfect_cells import (
     cells_of,
     held_out_lesson,
     load_weights,
+    prepare_torch,
     set_progress,
     unique_weights,
 )
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    prepare_torch(arguments.threads)
     require_fonts()
 
     tokenizer = load_tokenizer()
