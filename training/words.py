@@ -19,6 +19,7 @@ def words(text: str, separator: str | None = None) -> tuple[str, ...]:
 ONSETS = words("b br c ch cl d dr f fl g gr h j k kl l m n p pr qu r s sh st t tr v w y z")
 VOWELS = words("a e i o u ai ea ee io oa ou")
 CODAS = words("b ck d g l ld m n nd ng p r rn rt s st t th x")
+RUDE = words("cock cunt dick fag fuck nig piss prick shit slut tit")  # syllables can meet by accident
 COMPANIES = words("Foods Market Supply Works Bros Mill Books Parts Tools Shop Deli Cafe Bakery Garden Sport")
 STREETS = words("Road Lane St Way Hill Park")
 GOODS = words(
@@ -55,8 +56,11 @@ class Values:
                 return value
 
     def _word(self, syllables: int) -> str:
-        pieces = [self.rng.choice(ONSETS) + self.rng.choice(VOWELS) for _ in range(syllables)]
-        return "".join(pieces) + self.rng.choice(CODAS)
+        while True:
+            pieces = [self.rng.choice(ONSETS) + self.rng.choice(VOWELS) for _ in range(syllables)]
+            word = "".join(pieces) + self.rng.choice(CODAS)
+            if not any(rude in word for rude in RUDE):
+                return word
 
     def word(self, longest: int = 9) -> str:
         """A made-up capitalised word of at most `longest` letters."""
