@@ -88,8 +88,14 @@ def cells_of(batch: Batch, encoder: Encoder) -> torch.Tensor:
     return torch.tensor([cell for page in batch.pages for cell in encoder.cells(page)])
 
 
-def build_optimizers(model: nn.Module, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks, AdamW for embeddings, norms, biases and everything else."""
+def build_optimizers(
+    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.2
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks, AdamW for embeddings, norms, biases and everything else.
+
+    Every step of Muon has the same length, so without decay the matrices grow with every minute, and attention with them
+    into saturation, where nothing more is learned.
+    """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -99,7 +105,7 @@ def build_optimizers(model: nn.Module, muon_lr: float, adamw_lr: float) -> list[
         torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=muon_lr))
+        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -210,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument("--exercises", type=float, default=0.0, help="share of pages of random characters")
     parser.add_argument("--exercise-lines", type=int, default=4)
     parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
@@ -230,7 +237,7 @@ def main() -> None:
     if arguments.freeze_cells:
         model.cells.requires_grad_(False)
         model.language_model.get_input_embeddings().requires_grad_(False)
-    optimizers = build_optimizers(model, arguments.muon_lr, arguments.adamw_lr)
+    optimizers = build_optimizers(model, arguments.muon_lr, arguments.adamw_lr, arguments.weight_decay)
     exam = [
         encoder.batch([held_out_lesson(10 * batch + index, tuple(arguments.kinds)) for index in range(10)])
         for batch in range(6)
