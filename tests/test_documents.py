@@ -1,6 +1,8 @@
 """The drawn documents, their questions and the sequences made of them."""
 
 import random
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -103,6 +105,46 @@ def test_only_answers_carry_loss(encoder):
     learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE])
     assert learned == "".join(f"{turn.answer}<|eot_id|>" for turn in conversation.turns)
     assert ids[: len(encoder.prompt(conversation))] == encoder.prompt(conversation)
+
+
+@pytest.mark.parametrize("num_lines", [3, 9, ROWS_PER_PAGE])
+def test_exercises_ask_for_what_is_printed(num_lines):
+    tasks = Counter()
+    for seed in range(200):
+        conversation = exercise(seed, num_lines, share_of_look_ups=0.7)
+        tasks.update(turn.task for turn in conversation.turns)
+        for page in conversation.documents:
+            assert len(page.lines) == ROWS_PER_PAGE
+            assert max(map(len, page.lines)) <= COLUMNS
+            assert 1 <= sum(map(bool, page.lines)) <= num_lines
+        words = {word for page in conversation.documents for word in re.split(r"[ :]+", page.text)}
+        for turn in conversation.turns:
+            if turn.task == "compare":
+                assert turn.answer in ("Yes.", "No.")
+            else:
+                answered = turn.answer == ABSENT or turn.answer in "\n".join(
+                    page.text for page in conversation.documents
+                )
+                assert answered or turn.task == "transcription"
+        for turn in conversation.turns:
+            if turn.task == "field" and turn.answer == ABSENT:
+                assert not words & set(re.findall(r"[A-Za-z]{3,6}", turn.question)) - {"page"}
+    assert set(tasks) == {"transcription", "field", "cell", "compare"}
+
+
+def test_a_pair_of_lists_is_compared_by_what_it_prints():
+    for seed in range(300):
+        conversation = exercise(seed, 10, share_of_look_ups=1.0)
+        if len(conversation.documents) == 2:
+            for turn in conversation.turns:
+                if turn.task == "compare":
+                    name = re.search(r"same (\w+)\?|Is the (\w+) the", turn.question)
+                    name = name[1] or name[2]
+                    values = [
+                        re.search(rf"^ *{name}:?\s+(.*)$", "\n".join(page.lines), re.MULTILINE)[1].strip()
+                        for page in conversation.documents
+                    ]
+                    assert turn.answer == ("Yes." if values[0] == values[1] else "No.")
 
 
 def test_training_prompts_equal_the_chat_template(encoder):

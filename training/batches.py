@@ -169,7 +169,7 @@ def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
     names = _names(rng, rng.randint(2, num_lines - 1) + 1)
     columns = [name[:3] for name in _names(rng, rng.randint(1, 2))]
     rows = {name: [str(rng.randint(0, 999)) for _ in columns] for name in names[:-1]}
-    widths = (8, rng.choice((4, 5))) if rng.random() < 0.5 else (8, -4)
+    widths = (8, rng.choice((4, -4, 6, 8)) if len(columns) == 1 else rng.choice((4, -4)))
     lines = [_row(rng.choice(("Item", "Name", "Part")), columns, widths)]
     page = _print(rng, lines + [_row(name, row, widths) for name, row in rows.items()])
     asked = rng.sample([(name, index) for name in rows for index in range(len(columns))], min(6, len(rows)))
@@ -241,9 +241,7 @@ def _value(rng: random.Random, alphabet: str, longest: int) -> str:
 def _row(name: str, cells: list[str], widths: tuple[int, int]) -> str:
     """A line of a table; a negative width puts cells to the left."""
     width = abs(widths[1])
-    return (name.ljust(widths[0]) + "".join(c.rjust(width) if widths[1] > 0 else c.ljust(width) for c in cells))[
-        :COLUMNS
-    ]
+    return name.ljust(widths[0]) + "".join(c.rjust(width) if widths[1] > 0 else c.ljust(width) for c in cells)
 
 
 def _print(rng: random.Random, lines: list[str]) -> Document:

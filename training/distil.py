@@ -8,7 +8,6 @@ training). With `--language` the projector's output must also equal the perfect 
 language model which has never seen a picture reads pictures.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -21,7 +20,16 @@ from training.batches import Encoder
 from training.documents import KINDS, LONG_KINDS, Document, document
 from training.drawing import draw, random_style, require_fonts
 from training.nano import build_model, load_tokenizer, tiles_of
-from training.perfect_cells import Reader, Run, build_optimizers, load_weights, prepare_torch, set_progress
+from training.perfect_cells import (
+    Reader,
+    Run,
+    build_optimizers,
+    learn,
+    load_weights,
+    prepare_torch,
+    run_parser,
+    set_progress,
+)
 
 BLANK_WEIGHT = 0.1  # most cells are blank
 
@@ -81,15 +89,8 @@ def measure(eye: Eye, encoder: Encoder, num_pages: int = 16) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
+    parser = run_parser(__doc__, minutes=30, batch_size=6, muon_lr=0.02, adamw_lr=1e-3)
     parser.add_argument("--language", type=Path, help="run of training.perfect_cells to imitate")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch-size", type=int, default=6)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adamw-lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     require_fonts()
@@ -103,7 +104,7 @@ def main() -> None:
         load_weights(teacher, arguments.language / "model.safetensors")
     run = Run(arguments.output, arguments.minutes)
     run.resume(eye)
-    optimizers = build_optimizers(eye, arguments.muon_lr, arguments.adamw_lr)
+    optimizers = build_optimizers(eye, arguments)
 
     while run.progress < 1:
         set_progress(optimizers, run.progress, run.steps_since_start)
@@ -124,11 +125,7 @@ def main() -> None:
             error = (tokens - wanted).square().mean() / wanted.var()
             loss = loss + error + (tokens - wanted)[printed].square().mean() / wanted.var()
             numbers["error"] = error.item()
-        loss.backward()
-        nn.utils.clip_grad_norm_(eye.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        learn(eye, loss, optimizers)
         run.tick(eye, numbers, log_every=10)
         if run.state["step"] % 200 == 0 or run.progress >= 1:
             run.log({"step": run.state["step"], "held out": True} | measure(eye, encoder))

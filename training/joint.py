@@ -27,8 +27,10 @@ from training.perfect_cells import (
     build_optimizers,
     cells_of,
     held_out_lesson,
+    learn,
     load_weights,
     prepare_torch,
+    run_parser,
     set_progress,
     unique_weights,
 )
@@ -98,8 +100,7 @@ def load_nano(nano: Nano, directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
+    parser = run_parser(__doc__, minutes=20, batch_size=6, muon_lr=0.01, adamw_lr=5e-4, seed=1)
     parser.add_argument("--start-from", type=Path, help="written checkpoint to go on from, instead of stages 1 and 2")
     parser.add_argument("--language", type=Path, help="run of training.perfect_cells")
     parser.add_argument("--eyes", type=Path, help="run of training.distil")
@@ -108,12 +109,6 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--long", type=float, default=0.1, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.1, help="share of comparisons of two documents")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch-size", type=int, default=6)
-    parser.add_argument("--muon-lr", type=float, default=0.01)
-    parser.add_argument("--adamw-lr", type=float, default=5e-4)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     require_fonts()
@@ -140,7 +135,7 @@ def main() -> None:
 
 def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
     """Train until the run's minutes are spent."""
-    optimizers = build_optimizers(nano, arguments.muon_lr, arguments.adamw_lr)
+    optimizers = build_optimizers(nano, arguments)
     pool: list[Batch] = []
     while run.progress < 1:
         if not pool:
@@ -158,11 +153,7 @@ def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace,
         if pixels is not None and not arguments.freeze_eyes:
             glyphs = cells_of(batch, encoder)[:, 0].view(glyph_logits.shape[:2])
             loss = loss + GLYPH_LOSS_WEIGHT * glyph_loss(glyph_logits, glyphs, encoder.glyphs[" "])
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in nano.parameters() if p.grad is not None], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        learn(nano, loss, optimizers)
         run.tick(nano, numbers, log_every=10)
         if run.state["step"] % 200 == 0 or run.progress >= 1:
             run.log({"step": run.state["step"], "held out": True} | measure(nano, encoder, kinds))

@@ -88,9 +88,24 @@ def cells_of(batch: Batch, encoder: Encoder) -> torch.Tensor:
     return torch.tensor([cell for page in batch.pages for cell in encoder.cells(page)])
 
 
-def build_optimizers(
-    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.2
-) -> list[torch.optim.Optimizer]:
+def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
+    """The options that every stage of the training has, with the stage's defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--muon-lr", type=float)
+    parser.add_argument("--adamw-lr", type=float)
+    parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the lessons; what a run has seen, another seed has not"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks, AdamW for embeddings, norms, biases and everything else.
 
     Every step of Muon has the same length, so without decay the matrices grow with every minute, and attention with them
@@ -102,14 +117,23 @@ def build_optimizers(
             inside = ("layers." in name or "blocks." in name) and parameter.ndim == 2
             (matrices if inside else others).append(parameter)
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        torch.optim.AdamW(others, lr=arguments.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(matrices, lr=arguments.muon_lr, weight_decay=arguments.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def learn(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """One step of gradient descent."""
+    loss.backward()
+    nn.utils.clip_grad_norm_([weight for weight in model.parameters() if weight.grad is not None], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def set_progress(optimizers: list[torch.optim.Optimizer], progress: float, steps_since_start: int) -> None:
@@ -205,25 +229,17 @@ def measure(model: Reader, encoder: Encoder, batches: list[Batch]) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
+    parser = run_parser(__doc__, minutes=60, batch_size=12, muon_lr=0.02, adamw_lr=2e-3)
     parser.add_argument("--start-from", type=Path, help="directory of an earlier run whose weights to begin with")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of documents")
     parser.add_argument("--skip-blank-rows", action="store_true", help="shorter sequences, for the first lessons")
     parser.add_argument("--noise", type=float, default=0.0, help="of the cells, relative to their deviation")
     parser.add_argument("--freeze-cells", action="store_true", help="keep the cells as stage 2 imitates them")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch-size", type=int, default=12)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adamw-lr", type=float, default=2e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument("--exercises", type=float, default=0.0, help="share of pages of random characters")
     parser.add_argument("--exercise-lines", type=int, default=4)
     parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
     parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -237,7 +253,7 @@ def main() -> None:
     if arguments.freeze_cells:
         model.cells.requires_grad_(False)
         model.language_model.get_input_embeddings().requires_grad_(False)
-    optimizers = build_optimizers(model, arguments.muon_lr, arguments.adamw_lr, arguments.weight_decay)
+    optimizers = build_optimizers(model, arguments)
     exam = [
         encoder.batch([held_out_lesson(10 * batch + index, tuple(arguments.kinds)) for index in range(10)])
         for batch in range(6)
@@ -253,11 +269,7 @@ def main() -> None:
         set_progress(optimizers, run.progress, run.steps_since_start)
         logits, labels = model(pool.pop(), encoder, noise=arguments.noise)
         loss = nn.functional.cross_entropy(logits, labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        learn(model, loss, optimizers)
         run.tick(model, {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()})
         if run.state["step"] % 200 == 0 or run.progress >= 1:
             run.log({"step": run.state["step"], "held out": True} | measure(model, encoder, exam))
