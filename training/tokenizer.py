@@ -15,27 +15,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tools.tiny_checkpoint import IMAGE_TOKENS, LLAMA_TOKENS
 from training import ROOT
 from training.questions import instruction_texts
 
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|finetune_right_pad_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<image>",
-    "<img>",
-    "</img>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-)
+SPECIAL_TOKENS = (*LLAMA_TOKENS, *IMAGE_TOKENS)
 MARKUP = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>", "<th>", "</th>")
 WHOLE = ("system", "user", "assistant", "\n\n", "\u20ac", "\u00a3")
 # Words keep their leading space; digits, marks and other spaces stand alone; HTML tags of tables stay whole.
