@@ -9,13 +9,12 @@ has to read. On a GPU the peers are Hugging Face's eager loop and its static cac
 default, so their difference is noise unless our class gets in the way.
 """
 
-import argparse
 import statistics
 
 import torch
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 
-from benchmarks.common import DEVICE, compare, make_model, prompt_ids, read_limit, report, seconds_of
+from benchmarks.common import DEVICE, compare, make_model, prompt_ids, read_limit, read_options, report, seconds_of
 from tools.tiny_checkpoint import make_config, make_tokenizer
 
 
@@ -61,13 +60,9 @@ def weight_bytes(model: torch.nn.Module, num_cached: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--prompt-tokens", type=int, default=3600 if DEVICE == "cuda" else 64)
-    parser.add_argument("--new-tokens", type=int, default=64 if DEVICE == "cuda" else 8)
-    parser.add_argument("--rounds", type=int, default=11 if DEVICE == "cuda" else 7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(
+        __doc__, checkpoint=(None, None), prompt_tokens=(3600, 64), new_tokens=(64, 8), rounds=(11, 7)
+    )
     if arguments.checkpoint:
         model = Llama_Nemotron_Nano_VL.from_pretrained(arguments.checkpoint, dtype="auto").eval().to(DEVICE)
     else:
@@ -94,8 +89,8 @@ def main() -> None:
     report(
         "decode",
         [{"case": "weights", "megabytes_a_token": round(megabytes, 1), **result}, host_cost(3 * arguments.rounds)],
+        model,
         rounds=arguments.rounds,
-        dtype=str(model.dtype),
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         checkpoint=arguments.checkpoint,
