@@ -36,21 +36,20 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, operation: Callable, types, args=(), kwargs=None):
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self.live.update(tensor.untyped_storage()._cdata for tensor in given)  # weights, of which a view may come back
+        self._note((args, kwargs), of_ours=False)  # weights, of which a view may come back
         result = operation(*args, **(kwargs or {}))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        self._note(result, of_ours=True)
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.live:
-            self.live.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, key, size)
+    def _note(self, tree: object, of_ours: bool) -> None:
+        for tensor in pytree.tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                size = storage.nbytes() if of_ours else 0
+                self.live.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._release, storage._cdata, size)
 
     def _release(self, key: int, size: int) -> None:
         self.live.discard(key)
