@@ -9,6 +9,7 @@ architectures, state what each has of its own.
 
 import contextlib
 import copy
+import inspect
 import operator
 import os
 import threading
@@ -58,6 +59,9 @@ PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
 
 # Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
 COMPILED_DEVICES = ("cuda",)
+
+# transformers 5 asks remote code for its signature in every step of a generation, and spares its own language models.
+REMOTE_CODE_IS_ASKED = hasattr(PreTrainedModel, "is_remote_code")
 
 
 @dataclass
@@ -643,8 +647,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
         an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
         """
-        # The language model's own way: transformers 5 asks remote code for its signature in every step.
-        model_inputs = self.language_model.prepare_inputs_for_generation(
+        owner = self.language_model if REMOTE_CODE_IS_ASKED else super()
+        model_inputs = owner.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         start = _num_cached(past_key_values) if prompt_embeds is not None else 0
@@ -950,6 +954,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 answer.result()
             finally:
                 stream.abandoned = True
+
+
+# transformers 4.57 asks every model for its signature in every step, and finds a stored one sooner.
+NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
 
 
 class ModelWithoutHead:
