@@ -464,7 +464,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
             position_ids: `(batch_size, sequence_length)`.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
-            past_key_values: cache of earlier tokens.
+            past_key_values: cache of earlier tokens; over one, image tokens without images are words that were written.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
             use_cache: return the cache.
@@ -1171,8 +1171,8 @@ class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture str
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        if text_config._attn_implementation is None:  # transformers would write "sdpa" here
-            text_config._attn_implementation = default_attention()
+        # For None, transformers writes "sdpa" there.
+        text_config._attn_implementation = text_config._attn_implementation or default_attention()
         return LlamaForCausalLM(text_config)
 
     @staticmethod
