@@ -76,11 +76,10 @@ class NemotronVLOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set as `ModelOutput` does, which lists all fields anew for each of them, in every step of a generation."""
-        if value is not None and name in self.__dataclass_fields__:
-            self[name] = value
-        else:
+        if value is None:  # nothing to enter; `ModelOutput` would list all fields first, in every step of a generation
             object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
