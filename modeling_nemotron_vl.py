@@ -437,7 +437,6 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             )
         return self.config.image_token_id
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -471,10 +470,12 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             mm_token_type_ids: accepted as processors return it; not needed.
             logits_to_keep: how many last positions get logits, 0 for all; or the positions.
+            kwargs: for the language model; `return_dict=False` asks for a tuple, None leaves it to the config.
 
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
+        return_dict = kwargs.pop("return_dict", None)
         prompt, image_features = self._embed(
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
         )
@@ -495,7 +496,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return NemotronVLOutput(
+        output = NemotronVLOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -503,6 +504,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+        if return_dict is None:  # transformers' `can_return_tuple` would read the config in every step
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def generate(
