@@ -401,8 +401,8 @@ class RADIOConfig(PretrainedConfig):
 class NemotronVLConfig(PretrainedConfig):
     """Configuration of `Llama_Nemotron_Nano_VL`; without arguments, the released 8B V1.
 
-    The class attributes are what the 12B V2 states differently. Published names are the attributes; `text_config` and `image_token_id` are aliases of `llm_config` and
-    `img_context_token_id`, readable and settable.
+    The class attributes are what the 12B V2 states differently. Published names are the attributes; `text_config` and
+    `image_token_id` are aliases of `llm_config` and `img_context_token_id`, readable and settable.
 
     Args:
         vision_config: `RADIOConfig` or its dict.

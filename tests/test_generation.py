@@ -19,18 +19,8 @@ from transformers import (
     TextStreamer,
 )
 
-from tests.test_modeling import GREEDY, ONE, WIDE, encode
+from tests.prompts import GREEDY, ONE, WIDE, encode
 from tools import ROOT
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
 
 
 def answer(model, batch, **options) -> list[int]:
@@ -81,12 +71,45 @@ def test_a_quantised_cache_answers_as_that_of_the_language_model_alone(model, pr
     assert answer(model, batch) != expected  # 4 bits do change this model's words
 
 
+OFFLOADED = ("offloaded", "offloaded_static")
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_caches_give_the_same_tokens(tiny_checkpoint, processor):
     model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval().cuda()
     batch = encode(processor, [ONE, WIDE]).to("cuda")
-    for kind in ("offloaded", "offloaded_static"):
+    for kind in OFFLOADED:
         assert answer(model, batch, cache_implementation=kind) == answer(model, batch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_offloaded_caches_need_cuda_and_give_the_same_tokens_with_a_pretended_stream(model, processor, monkeypatch):
+    """transformers copies one layer's keys and values while another computes, and asks torch.cuda for the stream."""
+    batch = encode(processor, [ONE, WIDE])
+    for kind in OFFLOADED:
+        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA|accelerator"):
+            answer(model, batch, cache_implementation=kind)
+
+    entered = []
+
+    class Stream(contextlib.nullcontext):
+        device = "cpu"
+
+        def __enter__(self):
+            entered.append(self)
+
+        def wait_stream(self, _):
+            pass
+
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Stream())
+    expected = answer(model, batch)
+    assert not entered
+    for kind in OFFLOADED:
+        assert answer(model, batch, cache_implementation=kind) == expected
+        assert entered, kind  # layers were fetched: the cache was an offloaded one
+        entered.clear()
 
 
 def test_a_prompt_with_images_needs_its_pixels(model, processor):
