@@ -20,22 +20,22 @@ import tools  # noqa: E402, F401  (registers the root as the package `nemotron_v
 GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden"))
 
 
-@pytest.fixture(scope="session")
-def golden_8b() -> Path:
-    """The stored outputs of the published code; their tests skip where the folder is absent."""
-    folder = GOLDEN / "8b-v1"
+def golden(name: str) -> Path:
+    """A folder of stored outputs of the published code; tests that need it skip where it is absent."""
+    folder = GOLDEN / name
     if not folder.is_dir():
         pytest.skip(f"no golden outputs at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden_8b() -> Path:
+    return golden("8b-v1")
 
 
 @pytest.fixture(scope="session")
 def golden_12b() -> Path:
-    """The stored outputs for the 12B V2; their tests skip where the folder is absent."""
-    folder = GOLDEN / "12b-v2"
-    if not folder.is_dir():
-        pytest.skip(f"no golden outputs at {folder}")
-    return folder
+    return golden("12b-v2")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,10 @@ for door in (AutoModel, AutoProcessor):
 """
 
 
+def how_to_send(path: str) -> dict:
+    return {"path": path, "uploadMode": "lfs" if path.endswith(".safetensors") else "regular", "shouldIgnore": False}
+
+
 class Hub(BaseHTTPRequestHandler):
     """The routes of the Hub that a push and a download take, for one repository with one commit."""
 
@@ -55,16 +59,7 @@ class Hub(BaseHTTPRequestHandler):
         if route == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if route == f"/api/models/{REPOSITORY}/preupload/main":
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            modes = {True: "lfs", False: "regular"}
-            return self.answer(
-                {
-                    "files": [
-                        {"path": path, "uploadMode": modes[path.endswith(".safetensors")], "shouldIgnore": False}
-                        for path in paths
-                    ]
-                }
-            )
+            return self.answer({"files": [how_to_send(file["path"]) for file in json.loads(body)["files"]]})
         if route == f"/{REPOSITORY}.git/info/lfs/objects/batch":
             wanted = json.loads(body)["objects"]
             places = [{**file, "actions": {"upload": {"href": f"{address}/large/{file['oid']}"}}} for file in wanted]
@@ -119,27 +114,23 @@ def test_what_is_pushed_downloads_and_computes_the_same(tiny_checkpoint, hub, tm
         "HF_TOKEN": "hf_none",
     }
 
-    def run(*command: str, name: str) -> None:
-        folders = {"HF_HOME": str(tmp_path / name), "HF_MODULES_CACHE": str(tmp_path / name / "modules")}
-        python = [sys.executable, *command]
-        run = subprocess.run(
-            python, env={**environment, **folders}, cwd=tmp_path, capture_output=True, text=True, timeout=600
-        )
-        assert run.returncode == 0, run.stderr[-5000:]
+    def run(user: str, *command: str) -> None:
+        folders = {"HF_HOME": str(tmp_path / user), "HF_MODULES_CACHE": str(tmp_path / user / "modules")}
+        python, everything = [sys.executable, *command], {**environment, **folders}
+        done = subprocess.run(python, env=everything, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-5000:]
 
-    run("-c", PUSH, str(tiny_checkpoint), name="pusher")
+    run("one", "-c", PUSH, str(tiny_checkpoint))
     code = {path.name for path in ROOT.glob("*.py")}
-    assert code | {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"} <= set(
-        files
-    )
+    data = {"README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"}
+    assert code | data <= set(files)
     assert all(files[name] == (ROOT / name).read_bytes() for name in code)
     named = json.loads(files["config.json"])["auto_map"].values()
     assert not any("--" in entry for entry in named)  # the code is that of the pushed repository, of no other
 
-    # Another user, who has none of it yet.
     out = tmp_path / "out"
     out.mkdir()
-    run(str(Path(__file__).with_name("saving.py")), REPOSITORY, str(out), name="other")
+    run("another", str(Path(__file__).with_name("saving.py")), REPOSITORY, str(out))
     told = load_file(out / "told.safetensors")
     for name, tensor in tell(tiny_checkpoint).items():
         torch.testing.assert_close(told[name], tensor, msg=name)
