@@ -338,7 +338,7 @@ class RADIOConfig(PretrainedConfig):
         """Count class and register tokens the way C-RADIO derives them from its teachers."""
         teachers = self.args.get("teachers")
         args_cls_tokens, args_summary_idxs = None, None
-        if not self.args.get("cls_token_per_teacher", True):  # null counts as false, as in the published code
+        if not self.args.get("cls_token_per_teacher", True):
             args_cls_tokens, args_summary_idxs = 1, [0]
         elif teachers:
             names = list(dict.fromkeys(teacher["name"] for teacher in teachers))

@@ -36,7 +36,7 @@ from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, Nem
 from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
-from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
+from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
 try:
@@ -137,8 +137,9 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
-        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
-        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
+        headers = read_checkpoint(pretrained_model_name_or_path, kwargs)
+        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
+        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
         with _naming_the_install():
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -1047,12 +1048,12 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
 
 
 def _check_tensors(
-    config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
+    config_class: type[PretrainedConfig],
+    pretrained_model_name_or_path: Any,
+    kwargs: dict[str, Any],
+    headers: dict[str, TensorHeader],
 ) -> None:
     """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
-    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
-        return
-    headers = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or [])
     if any(".mixer.experts." in name for name in headers):
         raise ValueError(MIXTURE_OF_EXPERTS)
     token = headers.get(PREFIX_TOKENS)
