@@ -1,8 +1,8 @@
 """Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
 
 safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
-stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all with
-`from_pretrained(..., dequantize=True)`.
+stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all
+with `from_pretrained(..., dequantize=True)`.
 
 What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
 incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
@@ -642,7 +642,7 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def register() -> None:
-    """Tell transformers of this quantiser. Every copy of this file that is loaded registers anew: the last one wins."""
+    """Tell transformers of this quantiser. Every copy of this file registers when loaded: the last one wins."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
 
@@ -739,7 +739,7 @@ def _reject_packed_state_dict(state_dict: Mapping[str, torch.Tensor] | None) -> 
 
 
 def _keep_modules(quantization_config: Any) -> Any:
-    """Have bitsandbytes, torchao and the like leave tower, projector and lm_head alone, unless the caller lists some."""
+    """Have bitsandbytes, torchao and the like spare tower, projector and lm_head, unless the caller lists some."""
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if getattr(quantization_config, name, "absent") is None:
             quantization_config = copy.deepcopy(quantization_config)

@@ -1,12 +1,12 @@
 """Decode at batch 1: time of a token, and what our class adds to transformers' own loop over the bare language model.
 
-    python -m benchmarks.decode                       # CPU: a narrow part of the 8B; GPU: all of it, 3,600 tokens before
+    python -m benchmarks.decode                       # CPU: a narrow part of the 8B; GPU: all, 3,600 tokens before
     python -m benchmarks.decode --checkpoint DIR      # a quantised checkpoint, packed
 
 "host": a model of two narrow layers, where the host's share shows; the difference to the bare model is what our class
 costs (goal: 40 us a token). "weights": layers that do not fit the caches; the limit copies as many bytes as a token
-has to read. On a GPU the peers are Hugging Face's eager loop and its static cache with compilation, which ours takes by
-default, with attention of its own.
+has to read. On a GPU the peers are Hugging Face's eager loop and its static cache with compilation, which ours takes
+by default, with attention of its own.
 """
 
 import statistics

@@ -2,8 +2,8 @@
 
     python -m benchmarks.first_token                  # CPU: a part of the 8B, one tile; GPU: all, 2048x1536, 13 tiles
 
-The peer cuts tiles by the published recipe, writes the image tokens out, computes logits for all positions, and attends
-eagerly, as the published class does by default; both run the same weights and give the same first token.
+The peer cuts tiles by the published recipe, writes the image tokens out, computes logits for all positions, and
+attends eagerly, as the published class does by default; both run the same weights and give the same first token.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: our `from_pretrained` beside safetensors' own reader and the language model's `from_pretrained`.
+"""Loading a checkpoint by `from_pretrained`, beside safetensors' own reader and the language model alone.
 
     python -m benchmarks.loading                      # a part of the 8B with random weights, saved for the purpose
     python -m benchmarks.loading --checkpoint DIR

@@ -1,4 +1,4 @@
-"""The fast paths are the exact paths: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
+"""The fast paths are exact: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
 
 import sys
 import threading
@@ -8,37 +8,18 @@ import torch
 from nemotron_vl import modeling_nemotron_vl
 from nemotron_vl.decode_attention import default_attention
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
-from PIL import Image
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import TextIteratorStreamer
 from transformers.utils import is_flash_attn_2_available
+
+from tests.prompts import WIDE, encode
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
 def batch(processor):
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (20, 60, 3), generator=generator, dtype=torch.uint8).numpy()
-    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "?"}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        return_tensors="pt",
-    )
+    return encode(processor, [WIDE])
 
 
 @pytest.fixture
