@@ -338,7 +338,7 @@ class RADIOConfig(PretrainedConfig):
         """Count class and register tokens the way C-RADIO derives them from its teachers."""
         teachers = self.args.get("teachers")
         args_cls_tokens, args_summary_idxs = None, None
-        if not self.args.get("cls_token_per_teacher", True):  # null counts as false, as in the published code
+        if not self.args.get("cls_token_per_teacher", True):
             args_cls_tokens, args_summary_idxs = 1, [0]
         elif teachers:
             names = list(dict.fromkeys(teacher["name"] for teacher in teachers))
@@ -401,8 +401,8 @@ class RADIOConfig(PretrainedConfig):
 class NemotronVLConfig(PretrainedConfig):
     """Configuration of `Llama_Nemotron_Nano_VL`; without arguments, the released 8B V1.
 
-    The class attributes are what the 12B V2 states differently. Published names are the attributes; `text_config` and `image_token_id` are aliases of `llm_config` and
-    `img_context_token_id`, readable and settable.
+    The class attributes are what the 12B V2 states differently. Published names are the attributes; `text_config` and
+    `image_token_id` are aliases of `llm_config` and `img_context_token_id`, readable and settable.
 
     Args:
         vision_config: `RADIOConfig` or its dict.

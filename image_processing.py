@@ -82,7 +82,7 @@ class NemotronVLImageProcessorKwargs(ImagesKwargs, total=False):
 
 @lru_cache(maxsize=32)
 def candidate_grids(max_num_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All grids `(columns, rows)` of at most `max_num_tiles` tiles, in the order in which the published code tries them.
+    """All grids `(columns, rows)` of at most `max_num_tiles` tiles, in the order that the published code tries.
 
     That order settles ties: by number of tiles and, within one number, as CPython iterates over the set of all
     grids. It depends on the maximum, so a shorter list is not a prefix of a longer one.
@@ -275,7 +275,7 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _decode_file(source: Any) -> Image.Image:
-    """Decode a path, `file:` or `data:` URL, base64 text, bytes or file object; first frame, upright by its EXIF tag."""
+    """Decode a path, `file:` or `data:` URL, base64 text, bytes or file; first frame, upright by its EXIF tag."""
     if isinstance(source, str):
         if source.startswith(("http://", "https://")):
             raise ValueError("pictures are not fetched from the network; download it and pass the path or the bytes")
@@ -433,7 +433,7 @@ def _upscaled_bands(picture: Image.Image | np.ndarray, upscale: int) -> Iterator
 
 
 def _copy_rows(picture: Image.Image | np.ndarray, top: int, out: np.ndarray) -> None:
-    """Copy the rows of a picture from `top` on to `out`, uint8 `(num_rows, width, 3)`, of a PIL image with 4 channels."""
+    """Copy the rows of a PIL image with 4 channels, from `top` on, to `out`, uint8 `(num_rows, width, 3)`."""
     num_rows, width, _ = out.shape
     if isinstance(picture, np.ndarray):
         out[...] = picture[top : top + num_rows]
@@ -689,7 +689,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build a processor from a configuration and overriding options, in the same way on every transformers version.
+        """Build a processor from a configuration and overriding options, alike on every version of transformers.
 
         A published file of the 12B V2 says `norm_mean` and `norm_std`; it gets `V2_RECIPE`.
 

@@ -32,11 +32,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
+from .chat_cache import ChatCache
 from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
+from .decode_attention import default_attention
 from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
-from .quantization_nemotron_vl import checkpoint_files, load_config, prepare_loading, read_headers
+from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 
 try:
@@ -58,6 +60,9 @@ PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
 # Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
 COMPILED_DEVICES = ("cuda",)
 
+# transformers 5 asks remote code for its signature in every step of a generation, and spares its own language models.
+REMOTE_CODE_IS_ASKED = hasattr(PreTrainedModel, "is_remote_code")
+
 
 @dataclass
 class NemotronVLOutput(CausalLMOutputWithPast):
@@ -69,6 +74,12 @@ class NemotronVLOutput(CausalLMOutputWithPast):
     """
 
     image_hidden_states: torch.Tensor | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None:  # nothing to enter; `ModelOutput` would list all fields first, in every step of a generation
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -137,8 +148,9 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
         check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
-        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs)
-        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs)
+        headers = read_checkpoint(pretrained_model_name_or_path, kwargs)
+        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
+        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
         with _naming_the_install():
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -381,25 +393,35 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         num_patches: torch.Tensor | Sequence[int] | None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         past_key_values: Any | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the embedded prompt with its images in place, and the images' features; see `forward`."""
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return what the language model reads, and the images' features; see `forward`.
+
+        That is the embedded prompt with its images in place; without images the ids, which it embeds by itself.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if pixel_values is not None:
             if torch.compiler.is_compiling():
                 num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         image_features = _features_of(image_outputs)
+        if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
+            self._check_no_images(input_ids)
+        if inputs_embeds is None:
+            if image_features is None and not self._is_spread:
+                return {"input_ids": input_ids}, None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
             inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
-        elif input_ids is not None and _begins_prompt(input_ids, past_key_values):
-            self._check_no_images(input_ids)
-        return inputs_embeds, image_features
+        return {"inputs_embeds": inputs_embeds}, image_features
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether a device map lays the model over several devices."""
+        return len(set(vars(self).get("hf_device_map", {}).values())) > 1
 
     def _check_no_images(self, input_ids: torch.Tensor) -> None:
         """Raise if a prompt without images has image tokens."""
@@ -415,7 +437,6 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             )
         return self.config.image_token_id
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -441,7 +462,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
             position_ids: `(batch_size, sequence_length)`.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
-            past_key_values: cache of earlier tokens.
+            past_key_values: cache of earlier tokens; over one, image tokens without images are words that were written.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
             use_cache: return the cache.
@@ -449,18 +470,20 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
             mm_token_type_ids: accepted as processors return it; not needed.
             logits_to_keep: how many last positions get logits, 0 for all; or the positions.
+            kwargs: for the language model; `return_dict=False` asks for a tuple, None leaves it to the config.
 
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        inputs_embeds, image_features = self._embed(
+        return_dict = kwargs.pop("return_dict", None)
+        prompt, image_features = self._embed(
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
-        if position_ids is not None:
-            position_ids = position_ids.to(inputs_embeds.device)
+        if position_ids is not None and "inputs_embeds" in prompt:
+            position_ids = position_ids.to(prompt["inputs_embeds"].device)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            **prompt,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -473,7 +496,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return NemotronVLOutput(
+        output = NemotronVLOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -481,6 +504,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+        if return_dict is None:  # transformers' `can_return_tuple` would read the config in every step
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def generate(
@@ -554,7 +580,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
         return (
             self.device.type in COMPILED_DEVICES
-            and len(set(getattr(self, "hf_device_map", {}).values())) <= 1
+            and not self._is_spread
             and not self._is_stateful
             and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
@@ -568,9 +594,13 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
         num_cached = _num_cached(past_key_values)  # images in the cache are not given again
+        if num_cached and num_cached >= input_ids.shape[1]:
+            raise ValueError(
+                f"past_key_values holds {num_cached} positions, but input_ids has {input_ids.shape[1]} tokens. Pass "
+                "all ids of the conversation, the cached ones in front, and at least one new one."
+            )
         if image_features is None:
-            if num_cached == 0:
-                self._check_no_images(input_ids)
+            self._check_no_images(input_ids[:, num_cached:])
             return None
         inputs_embeds = self.get_input_embeddings()(input_ids)
         new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
@@ -620,7 +650,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
         an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
         """
-        model_inputs = super().prepare_inputs_for_generation(
+        owner = self.language_model if REMOTE_CODE_IS_ASKED else super()
+        model_inputs = owner.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         start = _num_cached(past_key_values) if prompt_embeds is not None else 0
@@ -697,6 +728,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         streamer: Any | None = None,
         truncation: str | None = None,
         enable_thinking: bool | None = None,
+        past_key_values: ChatCache | None = None,
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
@@ -724,6 +756,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 answer fit the context, and says so; None raises instead.
             enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
                 in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
+            past_key_values: a cache from `chat_cache()`, brought up to date in place. The answer is the one without
+                it; what the prompt has in common with the last one that went through it is not computed again, its
+                pictures neither. Pass all pixels and the history as ever. One question only.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -741,6 +776,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         options, extra_options = self._generation_options(tokenizer, generation_config)
+        if past_key_values is not None:
+            _check_chat_cache(past_key_values, question, options)
+            extra_options["past_key_values"] = past_key_values
         tiles = visual_features if visual_features is not None else pixel_values
         if visual_features is not None:
             _check_shape(
@@ -852,7 +890,13 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         mask = [[0] * n + [1] * (width - n) for n in paddings]
         device = self.get_input_embeddings().weight.device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
-        images = {"visual_features" if tiles_are_features else "pixel_values": tiles} if tiles is not None else {}
+        cache = extra_options.get("past_key_values")
+        new_tiles = tiles
+        if isinstance(cache, ChatCache):
+            kept_tiles = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
+            new_tiles = tiles[kept_tiles:] if tiles is not None and kept_tiles < len(tiles) else None
+        kind = "visual_features" if tiles_are_features else "pixel_values"
+        images = {kind: new_tiles} if new_tiles is not None else {}
         if options.stop_strings is not None:
             extra_options = {"tokenizer": tokenizer, **extra_options}
         output = self.generate(
@@ -864,10 +908,25 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             **extra_options,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if isinstance(cache, ChatCache):
+            cache.remember(sequences[0].tolist(), tiles)
         return [
             tokenizer.decode(_before_end(new_ids, options), skip_special_tokens=False).strip()
             for new_ids in sequences[:, width:].tolist()
         ]
+
+    def chat_cache(self) -> ChatCache:
+        """Return an empty cache for `past_key_values` of `chat`; the caller holds it, the model does not.
+
+        Raises:
+            ValueError: for the 12B V2.
+        """
+        if self._is_stateful:
+            raise ValueError(
+                "The Mamba layers of this model cannot go back to where a new prompt differs from the last one, so "
+                "chat() keeps no cache. Keep the pictures' features: generate(..., mm_encoder_outputs=...)."
+            )
+        return ChatCache()
 
     def chat_stream(
         self,
@@ -900,7 +959,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
-# transformers 5 asks remote code for its signature in every step of a generation; a stored one is found sooner.
+# transformers 4.57 asks every model for its signature in every step, and finds a stored one sooner.
 NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
 
 
@@ -937,7 +996,7 @@ class ModelWithoutHead:
         Returns:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
         """
-        inputs_embeds, _ = self._whole._embed(
+        prompt, _ = self._whole._embed(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -947,7 +1006,7 @@ class ModelWithoutHead:
             kwargs.get("past_key_values"),
         )
         decoder = self._whole.get_decoder()
-        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs)
+        return decoder(**prompt, attention_mask=attention_mask, return_dict=True, **kwargs)
 
 
 class _AnswerStream(TextIteratorStreamer):
@@ -1025,6 +1084,22 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
+def _check_chat_cache(cache: Any, question: Any, options: GenerationConfig) -> None:
+    """Raise if a cache cannot be kept for `chat()`, or not with this question and these options."""
+    if not isinstance(cache, ChatCache):
+        raise TypeError(
+            f"past_key_values of chat() must be a cache from model.chat_cache(), which knows the ids that it holds, "
+            f"got {type(cache).__name__}. generate() takes any cache."
+        )
+    if not isinstance(question, str):
+        raise ValueError("past_key_values keeps one conversation. Ask one question (a string) at a time.")
+    if (options.num_beams or 1) > 1 or options.use_cache is False:
+        raise ValueError(
+            f"past_key_values cannot be kept with num_beams={options.num_beams}, use_cache={options.use_cache}. Leave "
+            "both out, or past_key_values."
+        )
+
+
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
     """Raise if the prompt's image tokens and the images' features differ in number."""
     message = (
@@ -1047,12 +1122,12 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
 
 
 def _check_tensors(
-    config_class: type[PretrainedConfig], pretrained_model_name_or_path: Any, kwargs: dict[str, Any]
+    config_class: type[PretrainedConfig],
+    pretrained_model_name_or_path: Any,
+    kwargs: dict[str, Any],
+    headers: dict[str, TensorHeader],
 ) -> None:
     """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
-    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
-        return
-    headers = read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs) or [])
     if any(".mixer.experts." in name for name in headers):
         raise ValueError(MIXTURE_OF_EXPERTS)
     token = headers.get(PREFIX_TOKENS)
@@ -1099,6 +1174,8 @@ class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture str
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        # For None, transformers writes "sdpa" there.
+        text_config._attn_implementation = text_config._attn_implementation or default_attention()
         return LlamaForCausalLM(text_config)
 
     @staticmethod

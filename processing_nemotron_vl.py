@@ -85,7 +85,7 @@ ALWAYS_SO = ("sanitize_control_tokens", "load_audio_from_video")
 
 
 class PromptIds(NamedTuple):
-    """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if not asked for)."""
+    """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if unasked)."""
 
     input_ids: list[int]
     starts: list[int] | None
@@ -1038,7 +1038,7 @@ def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
 
 
 def _tool_schemas(tools: Any) -> Any:
-    """Describe the Python functions among the tools in JSON, as transformers does, so that their text can be protected."""
+    """Describe Python functions among the tools in JSON, as transformers does, so that their text can be protected."""
     if not isinstance(tools, (list, tuple)):
         return tools
     try:

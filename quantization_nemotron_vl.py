@@ -1,8 +1,8 @@
 """Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
 
 safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
-stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all with
-`from_pretrained(..., dequantize=True)`.
+stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all
+with `from_pretrained(..., dequantize=True)`.
 
 What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
 incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
@@ -642,7 +642,7 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def register() -> None:
-    """Tell transformers of this quantiser. Every copy of this file that is loaded registers anew: the last one wins."""
+    """Tell transformers of this quantiser. Every copy of this file registers when loaded: the last one wins."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
 
@@ -670,13 +670,15 @@ def prepare_loading(
     config_class: type[PretrainedConfig],
     pretrained_model_name_or_path: str | os.PathLike | None,
     kwargs: dict[str, Any],
+    headers: dict[str, TensorHeader],
 ) -> tuple[dict[str, Any], Dequantization | None]:
-    """Look into a checkpoint and complete the arguments with which transformers loads it.
+    """Complete the arguments with which transformers loads a checkpoint, by the tensors in its files.
 
     Args:
         config_class: the model's configuration class.
         pretrained_model_name_or_path: directory or Hub id.
         kwargs: what `from_pretrained` was called with, `dequantize` included.
+        headers: what `read_checkpoint` found.
 
     Returns:
         arguments for `PreTrainedModel.from_pretrained`, and what to do after it.
@@ -689,12 +691,8 @@ def prepare_loading(
     _reject_packed_state_dict(kwargs.get("state_dict"))
     if kwargs.get("quantization_config") is not None:
         kwargs["quantization_config"] = _keep_modules(kwargs["quantization_config"])
-    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
+    if not headers:
         return kwargs, None
-    files = checkpoint_files(pretrained_model_name_or_path, kwargs)
-    if files is None:
-        return kwargs, None
-    headers = read_headers(files)
     stored = _stored_quantization(config_class, pretrained_model_name_or_path, kwargs)
     method = (stored or {}).get("quant_method")
     if method is not None and method not in STORED_METHODS:  # transformers knows it, or says that it does not
@@ -724,7 +722,7 @@ def prepare_loading(
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "stored": stored if method not in (None, QUANT_METHOD) else None,
-        "checkpoint_files": files,
+        "checkpoint_files": sorted({header.file for header in headers.values()}),
     }
     if not dequantize:
         return kwargs, None
@@ -741,7 +739,7 @@ def _reject_packed_state_dict(state_dict: Mapping[str, torch.Tensor] | None) -> 
 
 
 def _keep_modules(quantization_config: Any) -> Any:
-    """Have bitsandbytes, torchao and the like leave tower, projector and lm_head alone, unless the caller lists some."""
+    """Have bitsandbytes, torchao and the like spare tower, projector and lm_head, unless the caller lists some."""
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if getattr(quantization_config, name, "absent") is None:
             quantization_config = copy.deepcopy(quantization_config)
@@ -749,8 +747,21 @@ def _keep_modules(quantization_config: Any) -> Any:
     return quantization_config
 
 
-def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str] | None:
-    """Find the safetensors files that transformers would load, None when there are none.
+def read_checkpoint(
+    pretrained_model_name_or_path: str | os.PathLike | None, kwargs: Mapping[str, Any]
+) -> dict[str, TensorHeader]:
+    """Read the headers of the safetensors files that transformers would load, none when there are no such files.
+
+    Raises:
+        ValueError, FileNotFoundError: as `checkpoint_files` and `read_headers`.
+    """
+    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
+        return {}
+    return read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs))
+
+
+def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str]:
+    """Find the safetensors files that transformers would load, none when there are none.
 
     Args:
         pretrained_model_name_or_path: directory or Hub id.
@@ -764,7 +775,7 @@ def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: M
     if path.endswith(".pt"):
         _refuse_llm_awq(path)
     if kwargs.get("use_safetensors") is False:
-        return None
+        return []
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
@@ -783,7 +794,7 @@ def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: M
     pickles = sorted(name for name in os.listdir(folder) if name.endswith(".pt")) if os.path.isdir(folder) else []
     if pickles:
         _refuse_llm_awq(os.path.join(folder, pickles[0]))
-    return None
+    return []
 
 
 def _refuse_llm_awq(path: str) -> None:

@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved rounds, conditions, the models they run, limits measured beside them."""
 
+import argparse
 import json
 import os
 import platform
@@ -29,6 +30,26 @@ CPU_TEXT = {
     "eos_token_id": 1,
 }
 CPU_TOWER = {"num_hidden_layers": 1}
+# Options of a generation that ends with its first token.
+ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "disable_compile": True}
+
+
+def read_options(description: str | None, **defaults: tuple[object, object]) -> argparse.Namespace:
+    """Read a benchmark's options, each with its default on a GPU and the one on a CPU; run torch on one thread."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (on_gpu, on_cpu) in defaults.items():
+        default = on_gpu if DEVICE == "cuda" else on_cpu
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default) if default is not None else str, default=default
+        )
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def require_equal(results: Sequence[object]) -> None:
+    """Raise unless all variants give the same: times of different answers say nothing."""
+    if len(set(results)) != 1:
+        raise ValueError(f"The results differ, so there is nothing to time: {list(results)}.")
 
 
 def make_model(text: dict | None = None, tower: dict | None = None) -> Llama_Nemotron_Nano_VL:
@@ -132,8 +153,14 @@ def read_limit(num_bytes: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def report(name: str, results: Sequence[dict[str, object]], **conditions: object) -> None:
-    """Print the one JSON line of a benchmark."""
+def report(
+    name: str, results: Sequence[dict[str, object]], model: torch.nn.Module | None = None, **conditions: object
+) -> None:
+    """Print the one JSON line of a benchmark, with the dtype and the sizes of the model it ran, if it ran one."""
+    if model is not None:
+        text, tower = model.config.text_config, model.config.vision_config
+        sizes = {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "blocks": tower.num_hidden_layers}
+        conditions = {"dtype": str(model.dtype), **sizes, **conditions}
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():

@@ -1,21 +1,21 @@
 """Decode at batch 1: time of a token, and what our class adds to transformers' own loop over the bare language model.
 
-    python -m benchmarks.decode                       # CPU: a narrow part of the 8B; GPU: all of it, 3,600 tokens before
+    python -m benchmarks.decode                       # CPU: a narrow part of the 8B; GPU: all, 3,600 tokens before
     python -m benchmarks.decode --checkpoint DIR      # a quantised checkpoint, packed
 
 "host": a model of two narrow layers, where the host's share shows; the difference to the bare model is what our class
 costs (goal: 40 us a token). "weights": layers that do not fit the caches; the limit copies as many bytes as a token
-has to read. On a GPU the peers are Hugging Face's eager loop and its static cache with compilation, which ours takes by
-default, so their difference is noise unless our class gets in the way.
+has to read. On a GPU the peers are Hugging Face's eager loop and its static cache with compilation, which ours takes
+by default, with attention of its own.
 """
 
-import argparse
 import statistics
+from collections.abc import Callable
 
 import torch
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 
-from benchmarks.common import DEVICE, compare, make_model, prompt_ids, read_limit, report, seconds_of
+from benchmarks.common import DEVICE, compare, make_model, prompt_ids, read_limit, read_options, report, seconds_of
 from tools.tiny_checkpoint import make_config, make_tokenizer
 
 
@@ -61,13 +61,9 @@ def weight_bytes(model: torch.nn.Module, num_cached: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--prompt-tokens", type=int, default=3600 if DEVICE == "cuda" else 64)
-    parser.add_argument("--new-tokens", type=int, default=64 if DEVICE == "cuda" else 8)
-    parser.add_argument("--rounds", type=int, default=11 if DEVICE == "cuda" else 7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(
+        __doc__, checkpoint=(None, None), prompt_tokens=(3600, 64), new_tokens=(64, 8), rounds=(11, 7)
+    )
     if arguments.checkpoint:
         model = Llama_Nemotron_Nano_VL.from_pretrained(arguments.checkpoint, dtype="auto").eval().to(DEVICE)
     else:
@@ -75,13 +71,24 @@ def main() -> None:
     lengths = (arguments.prompt_tokens, arguments.new_tokens)
     bare = model.language_model
     limit = read_limit(weight_bytes(model, arguments.prompt_tokens))
+    own_attention = bare.config._attn_implementation
+
+    def attending(kind: str, call: Callable[[], float]) -> Callable[[], float]:
+        """The bare model is a part of ours: its own attention is sdpa."""
+
+        def run() -> float:
+            bare.set_attn_implementation(kind)
+            return call()
+
+        return run
+
     calls = {
-        "plain_generate": steps(bare, *lengths, disable_compile=True),
-        "ours": steps(model, *lengths),
+        "plain_generate": attending("sdpa", steps(bare, *lengths, disable_compile=True)),
+        "ours": attending(own_attention, steps(model, *lengths)),
         "limit_copy": lambda: seconds_of(lambda: [limit() for _ in range(arguments.new_tokens)]),
     }
     if DEVICE == "cuda":
-        calls["hf_static_compiled"] = steps(bare, *lengths, cache_implementation="static")
+        calls["hf_static_compiled"] = attending("sdpa", steps(bare, *lengths, cache_implementation="static"))
     result = compare(
         calls,
         peer="plain_generate",
@@ -94,8 +101,8 @@ def main() -> None:
     report(
         "decode",
         [{"case": "weights", "megabytes_a_token": round(megabytes, 1), **result}, host_cost(3 * arguments.rounds)],
+        model,
         rounds=arguments.rounds,
-        dtype=str(model.dtype),
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         checkpoint=arguments.checkpoint,

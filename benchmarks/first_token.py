@@ -2,28 +2,31 @@
 
     python -m benchmarks.first_token                  # CPU: a part of the 8B, one tile; GPU: all, 2048x1536, 13 tiles
 
-The peer cuts tiles by the published recipe, writes the image tokens out, computes logits for all positions, and attends
-eagerly, as the published class does by default; both run the same weights and give the same first token.
+The peer cuts tiles by the published recipe, writes the image tokens out, computes logits for all positions, and
+attends eagerly, as the published class does by default; both run the same weights and give the same first token.
 """
-
-import argparse
 
 import torch
 from nemotron_vl.image_processing import NemotronVLImageProcessor
 from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, encode_prompt, image_run
 
-from benchmarks.common import DEVICE, IMAGE_TOKEN_ID, compare, make_model, report
+from benchmarks.common import (
+    DEVICE,
+    IMAGE_TOKEN_ID,
+    ONE_TOKEN,
+    compare,
+    make_model,
+    read_options,
+    report,
+    require_equal,
+)
 from benchmarks.tiling import drawn_page, published_recipe
 from tools.tiny_checkpoint import make_tokenizer
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2048x1536" if DEVICE == "cuda" else "256x256", help="WIDTHxHEIGHT")
-    parser.add_argument("--rounds", type=int, default=11 if DEVICE == "cuda" else 5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(__doc__, size=("2048x1536", "256x256"), rounds=(11, 5))
     model, tokenizer, processor = make_model(), make_tokenizer(), NemotronVLImageProcessor()
     picture = drawn_page(*map(int, arguments.size.split("x")))
     prompt = f"{IMAGE_TOKEN}\nWhat is the total?"
@@ -47,20 +50,11 @@ def main() -> None:
         tiles = processor(picture, do_rescale=False)["pixel_values"]
         run = [image_run(len(tiles), 256)]
         ids = model_ids(encode_prompt(tokenizer, prompt, run, own_id).input_ids)
-        options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "disable_compile": True}
-        return int(model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=tiles, **options)[0, -1])
+        return int(model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=tiles, **ONE_TOKEN)[0, -1])
 
-    if published() != ours():
-        raise ValueError("The first tokens differ: nothing to time.")
+    require_equal([published(), ours()])
     result = compare({"published": published, "ours": ours}, peer="published", rounds=arguments.rounds)
-    report(
-        "first_token",
-        [{"case": arguments.size, "equal": True, **result}],
-        rounds=arguments.rounds,
-        dtype=str(model.dtype),
-        layers=model.config.text_config.num_hidden_layers,
-        blocks=model.config.vision_config.num_hidden_layers,
-    )
+    report("first_token", [{"case": arguments.size, "equal": True, **result}], model, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: our `from_pretrained` beside safetensors' own reader and the language model's `from_pretrained`.
+"""Loading a checkpoint by `from_pretrained`, beside safetensors' own reader and the language model alone.
 
     python -m benchmarks.loading                      # a part of the 8B with random weights, saved for the purpose
     python -m benchmarks.loading --checkpoint DIR
@@ -6,7 +6,6 @@
 The files are in the page cache. The peer reads the same bytes to main memory and does nothing with them.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -15,15 +14,11 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import compare, make_model, report
+from benchmarks.common import compare, make_model, read_options, report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(__doc__, checkpoint=(None, None), rounds=(7, 7))
     with tempfile.TemporaryDirectory() as folder:
         source, text = arguments.checkpoint or f"{folder}/whole", f"{folder}/text"
         if arguments.checkpoint is None:

@@ -3,11 +3,9 @@
 python -m benchmarks.prefill                  # CPU: a narrow part of the 8B, 512 tokens; GPU: all, 3,528 tokens
 """
 
-import argparse
-
 import torch
 
-from benchmarks.common import DEVICE, compare, make_model, matmul_limit, prompt_ids, report
+from benchmarks.common import ONE_TOKEN, compare, make_model, matmul_limit, prompt_ids, read_options, report
 
 
 def count_flops(config: object, num_tokens: int) -> float:
@@ -21,31 +19,20 @@ def count_flops(config: object, num_tokens: int) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=3528 if DEVICE == "cuda" else 512)
-    parser.add_argument("--rounds", type=int, default=21 if DEVICE == "cuda" else 7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(__doc__, tokens=(3528, 512), rounds=(21, 7))
     model = make_model(tower={"num_hidden_layers": 1})
     ids = prompt_ids(arguments.tokens)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    one = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "disable_compile": True}
     flops = count_flops(model.config.text_config, arguments.tokens)
     variants = {
         "all_logits": lambda: model.language_model(**inputs),
-        "plain_generate": lambda: model.language_model.generate(**inputs, **one),
-        "ours": lambda: model.generate(**inputs, **one),
+        "plain_generate": lambda: model.language_model.generate(**inputs, **ONE_TOKEN),
+        "ours": lambda: model.generate(**inputs, **ONE_TOKEN),
         "limit_matmul": matmul_limit(flops, model.dtype),
     }
     result = compare(variants, peer="all_logits", rounds=arguments.rounds, limit="limit_matmul")
-    report(
-        "prefill",
-        [{"case": f"{arguments.tokens} tokens", "tflop": round(flops / 1e12, 3), **result}],
-        rounds=arguments.rounds,
-        dtype=str(model.dtype),
-        layers=model.config.text_config.num_hidden_layers,
-        hidden_size=model.config.text_config.hidden_size,
-    )
+    case = {"case": f"{arguments.tokens} tokens", "tflop": round(flops / 1e12, 3)}
+    report("prefill", [{**case, **result}], model, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python -m benchmarks.quantized --models nano --steps 20
     python -m benchmarks.quantized --device cuda           # the same on a GPU
 
-The middle model has the decoder of Llama 3.2 1B, random weights and a small tower; nano is the repository's. Checkpoints
-of every format are made with `tools.quantize` (without calibration: it does not change speed) in a temporary folder, and
-each is measured in a process of its own, which prints one JSON line: seconds to load, tokens a second of the prompt and,
-as median and quartiles, of greedy decoding at batch 1. Times are processor time of the one thread on a CPU, wall clock
-on a GPU: other load on the machine disturbs them least. Memory is resident: `imports_mib` before the model is loaded,
-`loaded_mib` once it has answered (weights that are mapped from the file count from their first use), `peak_mib` the most at
-any time. The table of all rows comes last.
+The middle model has the decoder of Llama 3.2 1B, random weights and a small tower; nano is the repository's.
+Checkpoints of every format are made with `tools.quantize` (without calibration: it does not change speed) in a
+temporary folder, and each is measured in a process of its own, which prints one JSON line: seconds to load, tokens a
+second of the prompt and, as median and quartiles, of greedy decoding at batch 1. Times are processor time of the one
+thread on a CPU, wall clock on a GPU: other load on the machine disturbs them least. Memory is resident: `imports_mib`
+before the model is loaded, `loaded_mib` once it has answered (weights that are mapped from the file count from their
+first use), `peak_mib` the most at any time. The table of all rows comes last.
 """
 
 import argparse

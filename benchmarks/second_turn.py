@@ -3,30 +3,34 @@
 python -m benchmarks.second_turn                  # CPU: a part of the 8B, one tile; GPU: all of it, 13 tiles
 """
 
-import argparse
 import copy
 
 import torch
 
-from benchmarks.common import DEVICE, IMAGE_TOKEN_ID, compare, make_model, prompt_ids, report
+from benchmarks.common import (
+    DEVICE,
+    IMAGE_TOKEN_ID,
+    ONE_TOKEN,
+    compare,
+    make_model,
+    prompt_ids,
+    read_options,
+    report,
+    require_equal,
+)
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=int, default=13 if DEVICE == "cuda" else 1)
-    parser.add_argument("--rounds", type=int, default=11 if DEVICE == "cuda" else 5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(__doc__, tiles=(13, 1), rounds=(11, 5))
     model = make_model()
     tiles = torch.rand(arguments.tiles, 3, 512, 512, device=DEVICE)
     text = prompt_ids(50)
     image = torch.full((1, 256 * arguments.tiles), IMAGE_TOKEN_ID, device=DEVICE)
     first = torch.cat([text, image, text], dim=1)
-    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 1, "disable_compile": True}
 
     def ask(ids: torch.Tensor, **more: object) -> object:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **ONE_TOKEN, **more)
 
     features = {"image": model.get_image_features(tiles)}
     turn = ask(first, pixel_values=tiles, return_dict_in_generate=True)
@@ -38,18 +42,10 @@ def main() -> None:
         "features_kept": lambda: ask(second, mm_encoder_outputs=features),
         "keys_and_values_kept": lambda: ask(second, past_key_values=caches.pop()),
     }
-    tokens = {int(variant()[0, -1]) for variant in variants.values()}
-    if len(tokens) != 1:
-        raise ValueError("The first tokens differ: nothing to time.")
+    require_equal([int(variant()[0, -1]) for variant in variants.values()])
     result = compare(variants, peer="anew", rounds=arguments.rounds)
-    report(
-        "second_turn",
-        [{"case": f"{arguments.tiles} tiles, 50 new tokens", "equal": True, **result}],
-        rounds=arguments.rounds,
-        dtype=str(model.dtype),
-        layers=model.config.text_config.num_hidden_layers,
-        blocks=model.config.vision_config.num_hidden_layers,
-    )
+    case = f"{arguments.tiles} tiles, 50 new tokens"
+    report("second_turn", [{"case": case, "equal": True, **result}], model, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

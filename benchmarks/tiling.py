@@ -8,8 +8,8 @@ tensor, `F.interpolate` (bilinear, antialias) to the grid and to the thumbnail, 
 the same float32 tiles, "ours_uint8" (`do_rescale=False`) the same tiles before the last step, for those who rescale on
 the device. Rounds are interleaved; every result is compared with the peer's, bit for bit, before anything is timed.
 The last line of the output is one JSON object: milliseconds of processor time of the one thread (median, quartiles;
-other load on the machine disturbs it less than the clock), the ratio of the medians, and the peak of memory used beyond
-the picture, result included (Linux with glibc only, otherwise null).
+other load on the machine disturbs it less than the clock), the ratio of the medians, and the peak of memory used
+beyond the picture, result included (Linux with glibc only, otherwise null).
 """
 
 import argparse

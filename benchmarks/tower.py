@@ -6,12 +6,10 @@ The native model has no projector: it is given ours. The limit is a plain matmul
 same rounds. On a GPU "eager" is our tower with plain attention, the HF default before sdpa.
 """
 
-import argparse
-
 import torch
 from torch import nn
 
-from benchmarks.common import DEVICE, compare, make_model, matmul_limit, report
+from benchmarks.common import DEVICE, compare, make_model, matmul_limit, read_options, report
 
 try:
     from transformers.models.radio import RadioConfig, RadioModel
@@ -47,11 +45,7 @@ def native_tower(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=int, default=13 if DEVICE == "cuda" else 2)
-    parser.add_argument("--rounds", type=int, default=21 if DEVICE == "cuda" else 5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = read_options(__doc__, tiles=(13, 2), rounds=(21, 5))
     model = make_model({"num_hidden_layers": 1})
     tiles = torch.rand(arguments.tiles, 3, 512, 512, device=DEVICE).to(model.dtype)
     flops = count_flops(model, arguments.tiles)
@@ -77,14 +71,8 @@ def main() -> None:
         variants["native_radio_sdpa"] = run_native
     peer = "native_radio_sdpa" if RadioModel is not None else "ours_eager"
     result = compare(variants, peer=peer, rounds=arguments.rounds, limit="limit_matmul")
-    report(
-        "tower",
-        [{"case": f"{arguments.tiles} tiles", "tflop": round(flops / 1e12, 3), **result}],
-        rounds=arguments.rounds,
-        dtype=str(model.dtype),
-        blocks=model.config.vision_config.num_hidden_layers,
-        peer=peer,
-    )
+    case = {"case": f"{arguments.tiles} tiles", "tflop": round(flops / 1e12, 3)}
+    report("tower", [{**case, **result}], model, rounds=arguments.rounds, peer=peer)
 
 
 if __name__ == "__main__":

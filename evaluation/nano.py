@@ -3,10 +3,10 @@
     python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
 Each held-out document is drawn as a picture, goes through the checkpoint's own processor, and is asked one thing
-through `model.chat()`, greedy. The tasks take turns; after all documents, one in ten more are asked about as the last of three
-questions ("follow-up", over the checkpoint's own earlier answers) or are two tiles long ("long"). Values are never those of training; half of the pictures use fonts
-and half of the pages a layout that training has not seen, and three in ten questions a phrasing. The last line of the
-output is one JSON object.
+through `model.chat()`, greedy. The tasks take turns; after all documents, one in ten more are asked about as the last
+of three questions ("follow-up", over the checkpoint's own earlier answers) or are two tiles long ("long"). Values are
+never those of training; half of the pictures use fonts and half of the pages a layout that training has not seen, and
+three in ten questions a phrasing. The last line of the output is one JSON object.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python -m evaluation.quantized --out evaluation/results/quantized.json
 
-Each format is made with `python -m tools.quantize`, calibrated on pictures of training documents, none of which is asked
-about; then the very same held-out questions are asked. Layers are unpacked for it: the weights and the answers are those
-of the packed ones, only faster. Prints a table whose first row holds shares in percent and whose other rows hold
-differences from it in percentage points; the last line of the output is one JSON object.
+Each format is made with `python -m tools.quantize`, calibrated on pictures of training documents, none of which is
+asked about; then the very same held-out questions are asked. Layers are unpacked for it: the weights and the answers
+are those of the packed ones, only faster. Prints a table whose first row holds shares in percent and whose other rows
+hold differences from it in percentage points; the last line of the output is one JSON object.
 """
 
 import argparse

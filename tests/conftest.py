@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
@@ -19,22 +20,22 @@ import tools  # noqa: E402, F401  (registers the root as the package `nemotron_v
 GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden"))
 
 
-@pytest.fixture(scope="session")
-def golden_8b() -> Path:
-    """The stored outputs of the published code; their tests skip where the folder is absent."""
-    folder = GOLDEN / "8b-v1"
+def golden(name: str) -> Path:
+    """A folder of stored outputs of the published code; tests that need it skip where it is absent."""
+    folder = GOLDEN / name
     if not folder.is_dir():
         pytest.skip(f"no golden outputs at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden_8b() -> Path:
+    return golden("8b-v1")
 
 
 @pytest.fixture(scope="session")
 def golden_12b() -> Path:
-    """The stored outputs for the 12B V2; their tests skip where the folder is absent."""
-    folder = GOLDEN / "12b-v2"
-    if not folder.is_dir():
-        pytest.skip(f"no golden outputs at {folder}")
-    return folder
+    return golden("12b-v2")
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +53,32 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # A dot and a hyphen in the name: both have broken the dynamic module loader before.
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny-checkpoint.v1"))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path):
+    """The tiny checkpoint's model, shared by the tests of a file: leave it as it is."""
+    from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+
+    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint: Path):
+    """The tiny checkpoint's processor, shared by the tests of a file: leave it as it is."""
+    from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+
+    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A prompt with a picture of one tile, made without the processor."""
+    from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
+
+    config = NemotronVLConfig.from_pretrained(tiny_checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 200, (1, 12), generator=generator)
+    image = torch.full((1, config.num_image_tokens_per_tile), config.image_token_id)
+    pixel_values = torch.rand(1, 3, config.force_image_size, config.force_image_size, generator=generator)
+    return {"input_ids": torch.cat((image, text), 1), "pixel_values": pixel_values}

@@ -1,12 +1,12 @@
-"""Throw random pictures, prompts, configs and checkpoint files at the code: a line per finding, at the end one JSON object.
+"""Throw random pictures, prompts, configs and files at the code: a line per finding, and one JSON object at the end.
 
     python -m tests.fuzz --pictures 100000 --prompts 100000 --configs 20000 --files 1000
     python -m tests.fuzz --minutes 60
     python -m tests.fuzz --replay check_pictures 1234
 
 A finding is an exception other than the documented ones, or an accepted input without the properties that
-tests/hostile.py and tests/hostile_files.py assert. The exit status is 1 if there is one. An input is made from its number alone, so a finding
-can be replayed; keep it as an example in test_reliability_fuzz.py when it is fixed.
+tests/hostile.py and tests/hostile_files.py assert. The exit status is 1 if there is one. An input is made from its
+number alone, so a finding can be replayed; keep it as an example in test_reliability_fuzz.py when it is fixed.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Load a checkpoint by the Auto* doors, save it again, and note what it computes; run by test_saving.py.
+"""Load a checkpoint by the Auto* doors, save it again, and note what it computes.
 
     python saving.py CHECKPOINT OUT
 
-Another version of transformers runs it, on what this one saved.
+CHECKPOINT is a folder or a name on the Hub. test_saving.py runs it on another version of transformers, on what this
+one saved; test_push_to_hub.py on what was pushed.
 """
 
 import json
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
 
-def tell(checkpoint: Path) -> dict[str, torch.Tensor]:
+def tell(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """Ids, tiles and logits of a prompt with a picture, and the rotary frequencies."""
     picture = torch.arange(20 * 60 * 3, dtype=torch.int64).remainder(251).to(torch.uint8).view(20, 60, 3)
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this, and why?"}]
@@ -30,12 +31,12 @@ def tell(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {"logits": logits, "rotary": rotary, "ids": inputs["input_ids"], "tiles": inputs["pixel_values"]}
 
 
-def save_again(checkpoint: Path, out: Path) -> None:
+def save_again(checkpoint: str | Path, out: Path) -> None:
     AutoModel.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(out)
     AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(out)
 
 
-def main(checkpoint: Path, out: Path) -> None:
+def main(checkpoint: str, out: Path) -> None:
     save_again(checkpoint, out / "checkpoint")
     told = {name: tensor.contiguous() for name, tensor in tell(checkpoint).items()}
     save_file(told, out / "told.safetensors")
@@ -43,4 +44,4 @@ def main(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -10,22 +10,11 @@ import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 
 from tools import ROOT
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
 
 
 def outcomes(model, processor, visual_features: torch.Tensor) -> list:
@@ -52,9 +41,9 @@ def outcomes(model, processor, visual_features: torch.Tensor) -> list:
     ]
 
 
-def test_offloaded_weights_give_the_same_numbers(tiny_checkpoint, plain, processor, tmp_path):
+def test_offloaded_weights_give_the_same_numbers(tiny_checkpoint, model, processor, tmp_path):
     features = torch.randn(2, 4, 128, generator=torch.Generator().manual_seed(0))
-    expected = outcomes(plain, processor, features)
+    expected = outcomes(model, processor, features)
 
     def load(**options):
         return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, **options).eval()
@@ -71,9 +60,9 @@ def test_offloaded_weights_give_the_same_numbers(tiny_checkpoint, plain, process
         "all on the CPU": cpu_offload(load(), execution_device=cpu),
         "all on disk": disk_offload(load(), tmp_path / "disk", execution_device=cpu),
     }
-    for name, model in placed.items():
-        assert any(parameter.device.type == "meta" for parameter in model.parameters()), name
-        for got, wanted in zip(outcomes(model, processor, features), expected, strict=True):
+    for name, divided in placed.items():
+        assert any(parameter.device.type == "meta" for parameter in divided.parameters()), name
+        for got, wanted in zip(outcomes(divided, processor, features), expected, strict=True):
             assert torch.equal(got, wanted) if isinstance(wanted, torch.Tensor) else got == wanted, name
 
 

@@ -1,7 +1,7 @@
 """Evaluation clients, unmodified: the calls of VLMEvalKit and lmms-eval, and lmms-eval itself where it is installed.
 
-The helpers here restate, call by call, what the clients do (VLMEvalKit e8e78f0, lmms-eval 75571cf). docs/clients.md has
-the commands to install lmms-eval for the last test.
+The helpers here restate, call by call, what the clients do (VLMEvalKit e8e78f0, lmms-eval 75571cf). docs/clients.md
+has the commands to install lmms-eval for the last test.
 """
 
 import json

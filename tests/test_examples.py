@@ -1,6 +1,7 @@
 """The notebook and the walk-through in examples/ do what they say: their code is run as it stands, for fewer steps.
 
-After a change to the notebook, or to nano, its outputs are renewed by (pip install nbconvert ipykernel peft matplotlib)
+After a change to the notebook, or to nano, renew its outputs (pip install nbconvert ipykernel peft matplotlib):
+
     jupyter nbconvert --to notebook --execute --inplace examples/quickstart.ipynb
 """
 

@@ -19,18 +19,8 @@ from transformers import (
     TextStreamer,
 )
 
-from tests.test_modeling import GREEDY, ONE, WIDE, encode
+from tests.prompts import GREEDY, ONE, WIDE, encode
 from tools import ROOT
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
 
 
 def answer(model, batch, **options) -> list[int]:
@@ -81,12 +71,40 @@ def test_a_quantised_cache_answers_as_that_of_the_language_model_alone(model, pr
     assert answer(model, batch) != expected  # 4 bits do change this model's words
 
 
+OFFLOADED = ("offloaded", "offloaded_static")
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_caches_give_the_same_tokens(tiny_checkpoint, processor):
     model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval().cuda()
     batch = encode(processor, [ONE, WIDE]).to("cuda")
-    for kind in ("offloaded", "offloaded_static"):
+    for kind in OFFLOADED:
         assert answer(model, batch, cache_implementation=kind) == answer(model, batch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+@pytest.mark.parametrize("kind", OFFLOADED)
+def test_offloaded_caches_give_the_same_tokens_with_a_pretended_stream(model, processor, monkeypatch, kind):
+    """transformers fetches the next layer's keys and values in a stream of its own, and asks CUDA for one."""
+    batch, entered = encode(processor, [ONE, WIDE]), []
+
+    class Stream(contextlib.nullcontext):
+        device = "cpu"
+
+        def __enter__(self):
+            entered.append(self)
+
+        def wait_stream(self, _):
+            pass
+
+    with monkeypatch.context() as pretend:
+        pretend.setattr(torch, "Stream", Stream)
+        pretend.setattr(torch.cuda, "default_stream", lambda _: Stream())
+        assert answer(model, batch, cache_implementation=kind) == answer(model, batch)
+    assert entered  # layers were fetched: the cache was an offloaded one
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        answer(model, batch, cache_implementation=kind)
 
 
 def test_a_prompt_with_images_needs_its_pixels(model, processor):

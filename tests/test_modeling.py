@@ -7,56 +7,16 @@ import threading
 import pytest
 import torch
 from nemotron_vl.image_processing import NemotronVLImageProcessor
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, pixel_shuffle
-from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronVLOutput, pixel_shuffle
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils import _pytree
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
+from tests.prompts import GREEDY, ONE, WIDE, encode
+
 CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-ONE, WIDE = picture(16, 16), picture(60, 20, 1)  # one tile, several tiles
-
-
-def encode(processor, *images_per_prompt, **options):
-    """Encode a batch of prompts, one per list of images."""
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": "?"}],
-            }
-        ]
-        for images in images_per_prompt
-    ]
-    return processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        **options,
-    )
 
 
 # --- the published results --------------------------------------------------------------------------------------
@@ -646,3 +606,12 @@ def test_tied_embeddings_stay_tied_through_a_save(model, tmp_path):
     again = Llama_Nemotron_Nano_VL.from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight, tied.get_input_embeddings().weight)
+
+
+def test_an_output_is_made_by_name_or_of_pairs_and_read_as_transformers_do():
+    logits = torch.zeros(1)
+    named = NemotronVLOutput(logits=logits, image_hidden_states=logits)
+    assert list(named) == ["logits", "image_hidden_states"] and named.to_tuple() == (logits, logits)
+    paired = NemotronVLOutput(iter(named.items()))  # as accelerate and DataParallel do
+    assert dict(paired) == dict(named) and paired.loss is None and paired.logits is logits
+    assert list(_pytree.tree_flatten(named)[0]) == [logits] * 2

@@ -28,11 +28,6 @@ IMAGE = Image.new("RGB", (40, 24), "white")  # 80x48 doubled: more than one tile
 SMALL = Image.new("RGB", (16, 16), "red")  # one tile
 
 
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
-
-
 def user(*parts) -> list[dict]:
     return [{"role": "user", "content": list(parts)}]
 

@@ -52,17 +52,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
-    """A prompt with one picture of one tile."""
-    config = NemotronVLConfig.from_pretrained(tiny_checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(0, 200, (1, 12), generator=generator)
-    image = torch.full((1, config.num_image_tokens_per_tile), config.image_token_id)
-    pixel_values = torch.rand(1, 3, config.force_image_size, config.force_image_size, generator=generator)
-    return {"input_ids": torch.cat((image, text), 1), "pixel_values": pixel_values}
-
-
-@pytest.fixture(scope="module")
 def quantised(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, inputs: dict) -> dict[str, Path]:
     """The tiny checkpoint in every format, as `tools.quantize` writes it."""
     folders = {}

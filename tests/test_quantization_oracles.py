@@ -1,6 +1,6 @@
 """Our formats against the libraries that invented them, and other quantisers on our BF16 checkpoint.
 
-Slow, and optional: each test skips where its library is not installed. To run all of them, in an environment of its own:
+Slow, and optional: each test skips where its library is not installed. For all of them, in an environment of its own:
 
     pip install torch==2.13.0 transformers==5.23.0 pytest accelerate pillow \
         peft bitsandbytes torchao compressed-tensors nvidia-modelopt requests
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, modelopt_quantization_config
+from nemotron_vl.configuration_nemotron_vl import modelopt_quantization_config
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.quantization_nemotron_vl import (
     PackedLinear,
@@ -39,16 +39,6 @@ def weight(request: pytest.FixtureRequest) -> torch.Tensor:
     weight[4, :64] *= 1e-5
     weight[5, :16] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(2) * 0.01
     return weight.to(request.param)
-
-
-@pytest.fixture(scope="module")
-def inputs(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
-    config = NemotronVLConfig.from_pretrained(tiny_checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(0, 200, (1, 12), generator=generator)
-    image = torch.full((1, config.num_image_tokens_per_tile), config.image_token_id)
-    pixel_values = torch.rand(1, 3, config.force_image_size, config.force_image_size, generator=generator)
-    return {"input_ids": torch.cat((image, text), 1), "pixel_values": pixel_values}
 
 
 def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:

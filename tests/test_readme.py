@@ -12,6 +12,7 @@ from PIL import Image
 from tools import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -45,20 +46,41 @@ def test_every_relative_link_exists():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_every_named_file_exists():
-    named = re.findall(r"`((?:tests|tools|docs|nano|training|evaluation|examples|benchmarks)/[\w./-]+)`", README)
-    assert named
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_named_file_exists(page):
+    folders = "tests|tools|docs|nano|training|evaluation|examples|benchmarks"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_yes_names_its_test():
+def table_rows() -> list[list[str]]:
+    """What works where: what it is, transformers 4.57, transformers 5.23, CUDA, the tests that show it."""
     table = README[README.index("| works on |") :]
-    rows = [line.split("|")[1:-1] for line in table[: table.index("\n\n")].splitlines()[2:]]
-    unproven = [
-        row[0] for row in rows if "yes" in "".join(row[1:-1]) and not re.search(r"`tests/test_\w+\.py`", row[-1])
-    ]
-    assert len(rows) > 5
-    assert unproven == []
+    lines = table[: table.index("\n\n")].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_every_yes_names_its_test():
+    rows = table_rows()
+    assert len(rows) > 20 and {len(row) for row in rows} == {5}
+    for what, *cells, shown_by in rows:
+        files = re.findall(r"`tests/(test_\w+\.py)`", shown_by)
+        assert files or "yes" not in cells, what
+        for file in files:
+            assert "def test_" in (ROOT / "tests" / file).read_text(encoding="utf-8"), file
+
+
+def test_cuda_is_claimed_only_where_a_test_needs_it():
+    """A cell says "not run", or names the tests that need a device; each of these stands in one."""
+    marked = r"^@pytest\.mark\.gpu\n(?:@.*\n)*def (test_\w+)"
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    exist = {name for source in sources for name in re.findall(marked, source, re.MULTILINE)}
+    named = set()
+    for what, _, _, cuda, _ in table_rows():
+        tests = re.findall(r"`(test_\w+)`", cuda)
+        assert tests or cuda == "not run", what
+        named.update(tests)
+    assert named == exist
 
 
 def test_make_targets_and_tools_exist():

@@ -1,4 +1,4 @@
-"""The model under pressure: the context window, many tiles, many threads, interruptions, and numbers that must not break."""
+"""The model under pressure: the context window, many tiles, many threads, interruptions, extreme numbers."""
 
 import gc
 import threading
@@ -9,26 +9,12 @@ import pytest
 import torch
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
-from PIL import Image
 from transformers import GenerationConfig, TextStreamer
+
+from tests.prompts import picture
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 WINDOW = 2048  # of the tiny checkpoint
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def encode(processor, *conversations, **options):

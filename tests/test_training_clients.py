@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
@@ -32,6 +33,7 @@ from training.conversations import Collator
 TEXT_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 TOWER_LINEAR = {"embedder", "qkv", "proj", "fc1", "fc2"}
 ALL_LINEAR = TEXT_LINEAR | TOWER_LINEAR | {"1", "3"}  # mlp1.1 and mlp1.3
+OLD = transformers.__version__.startswith("4.")
 
 
 def needs(package: str) -> ModuleType:
@@ -54,11 +56,6 @@ def messages(number: int, with_picture: bool = True) -> list[dict]:
 @pytest.fixture
 def model(tiny_checkpoint) -> Llama_Nemotron_Nano_VL:
     return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_checkpoint) -> NemotronVLProcessor:
-    return NemotronVLProcessor.from_pretrained(tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +202,16 @@ def from_rows(collator: Collator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["messages", "completions", "our collator"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            "messages", marks=pytest.mark.skipif(OLD, reason="TRL refuses this mask below transformers 5.18")
+        ),
+        "completions",
+        "our collator",
+    ],
+)
 def test_sft_trainer_trains_on_the_answers(tiny_checkpoint, processor, tmp_path, kind):
     """From a path alone; at learning rate 0 its loss, from hidden states and chunks, is that of our forward."""
     trl = needs("trl")

@@ -47,7 +47,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.test_modeling import picture
+from tests.prompts import picture
 from tools import ROOT, adopt, chat
 from tools.build_index import build_index
 from tools.quantize import make_packed_linear, quantize_model

@@ -52,7 +52,7 @@ class TwinTensor(torch.Tensor):
 
 
 def compute(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Compute on the CPU what stays on one device, and refuse what mixes devices; numbers without dimensions may mix."""
+    """Compute on the CPU what stays on one device, refuse what mixes devices; numbers without dimensions may."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     twins = [tensor for tensor in tensors if isinstance(tensor, TwinTensor)]
     devices = {tensor.device for tensor in tensors if isinstance(tensor, TwinTensor) or tensor.dim()}

@@ -1,8 +1,8 @@
 """One of two processes that train a model in shards; started by test_training_clients.py.
 
-accelerate offers FSDP2 to GPUs only: on a CPU, `AcceleratorState` keeps DistributedType.MULTI_CPU and drops the plugin.
-Setting the type by hand is the one thing done here that a GPU user does not do; everything after it is accelerate's
-own path: `prepare`, `backward`, and torch's `fully_shard` over gloo.
+accelerate offers FSDP2 to GPUs only: on a CPU, `AcceleratorState` keeps DistributedType.MULTI_CPU and drops the
+plugin. Setting the type by hand is the one thing done here that a GPU user does not do; everything after it is
+accelerate's own path: `prepare`, `backward`, and torch's `fully_shard` over gloo.
 """
 
 import torch

@@ -3,20 +3,20 @@
     python -m tools.compare DOWNLOAD page.png receipt.png --published-python OLD/bin/python --tower C-RADIOv2-H
 
 DOWNLOAD is NVIDIA's repository as downloaded, BF16 weights and its own Python files; the tower's code lies in a second
-repository. Both run as they are, in a process of their own under OLD/bin/python, because they need an old transformers:
+repository. Both run as they are, in a process of their own under OLD/bin/python: they need an old transformers.
 
     python -m venv OLD
     OLD/bin/pip install torch torchvision transformers==4.53.3 accelerate pillow timm==1.0.19 einops==0.8.1 open-clip-torch==3.1.0
     hf download nvidia/C-RADIOv2-H --include "*.py" "*.json" --local-dir C-RADIOv2-H
 
-What is missing is listed before anything runs, and nothing is downloaded. Stages: tiles, tower, projector, logits (last
-prompt position and every new token, as long as both chose the same ones), text. Without a GPU the published code's
-`.cuda()` calls are lifted, and in float32 its hard-coded bfloat16. `--keep FOLDER` stores what the published code
-computed; `--published FOLDER` compares with that later, on a machine that needs none of the above.
+What is missing is listed before anything runs, and nothing is downloaded. Stages: tiles, tower, projector, logits
+(last prompt position and every new token, as long as both chose the same ones), text. Without a GPU the published
+code's `.cuda()` calls are lifted, and in float32 its hard-coded bfloat16. `--keep FOLDER` stores what the published
+code computed; `--published FOLDER` compares with that later, on a machine that needs none of the above.
 
-The last line of the output is one JSON object; the status is 0 if every stage agrees, 1 if one differs, 2 if the published
-code cannot run. Agreeing means: tiles exactly, other stages within 1e-4 times their largest magnitude (if above 1), text
-exactly. That is for float32; bfloat16 only shows the differences.
+The last line of the output is one JSON object; the status is 0 if every stage agrees, 1 if one differs, 2 if the
+published code cannot run. Agreeing means: tiles exactly, other stages within 1e-4 times their largest magnitude (if
+above 1), text exactly. That is for float32; bfloat16 only shows the differences.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tower_repository(download: Path) -> tuple[str, str]:
-    """The repository that the published config takes the tower's code from, and the file: `("nvidia/...", "hf_model.py")`."""
+    """Where the published config takes the tower's code from, repository and file: `("nvidia/...", "hf_model.py")`."""
     reference = read_json(download / "config.json")["vision_config"]["auto_map"]["AutoConfig"]
     repository, _, name = reference.rpartition("--")
     return repository, f"{name.split('.')[0]}.py"

@@ -4,8 +4,8 @@
     python -m tools.serve  # nano, on http://localhost:8000/v1
     python -m tools.serve path/to/8b --device cuda --port 8080
 
-`POST /v1/chat/completions` takes text and `image_url` parts with a `data:` URL, and streams; `GET /v1/models` names the
-model, `GET /health` says that it runs. What cannot be done is refused with HTTP 400, never dropped: other content
+`POST /v1/chat/completions` takes text and `image_url` parts with a `data:` URL, and streams; `GET /v1/models` names
+the model, `GET /health` says that it runs. What cannot be done is refused with HTTP 400, never dropped: other content
 parts, options that would be ignored, prompts beyond the context. Nothing is fetched, and no file of the server is read
 for a client. There is no authentication: listen on localhost, or behind something that has it.
 """

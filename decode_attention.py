@@ -1,0 +1,197 @@
+"""Attention of a decode step over a cache with unused places: a Triton kernel that reads the places in use alone.
+
+A static cache is as large as the longest answer. transformers' sdpa attention reads all of it in every step, and in a
+compiled step repeats keys and values for the queries that share them. Here the query heads of a key head are attended
+together, and a block of places that the mask leaves out is not read: what changes from step to step is data, never a
+shape, as CUDA graphs need it. Everything but such a step goes to transformers' sdpa attention.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch
+    triton = None
+
+NAME = "nemotron_vl_decode"  # as an `attn_implementation`
+KERNEL_DEVICES = ("cuda",)
+BLOCK_PLACES = 64
+NUM_PARTS = 32  # programs that share the places of one key head, block by block in turn
+SHARED_QUERIES = 16  # rows of a product on tensor cores, the least that Triton multiplies
+MAX_HEAD_SIZE = 256
+
+if triton is not None:
+
+    @triton.jit
+    def _partial_kernel(
+        query,
+        key,
+        value,
+        mask,
+        sums,
+        totals,
+        peaks,
+        scaling,
+        num_places,
+        num_heads,
+        NUM_SHARED: tl.constexpr,
+        HEAD_SIZE: tl.constexpr,
+        NUM_PARTS: tl.constexpr,
+        BLOCK_PLACES: tl.constexpr,
+        SHARED_QUERIES: tl.constexpr,
+    ):
+        """One program: the queries of a key head over every NUM_PARTS-th block of places, with the softmax kept open."""
+        head = tl.program_id(0).to(tl.int64)  # of all rows of the batch
+        part = tl.program_id(1)
+        shared = tl.arange(0, SHARED_QUERIES)
+        channel = tl.arange(0, HEAD_SIZE)
+        is_query = shared < NUM_SHARED
+        rows = head * NUM_SHARED + shared
+        queries = tl.load(query + rows[:, None] * HEAD_SIZE + channel[None, :], mask=is_query[:, None], other=0.0)
+        peak = tl.full((SHARED_QUERIES,), float("-inf"), tl.float32)
+        total = tl.zeros((SHARED_QUERIES,), tl.float32)
+        result = tl.zeros((SHARED_QUERIES, HEAD_SIZE), tl.float32)
+        for start in range(part * BLOCK_PLACES, num_places, NUM_PARTS * BLOCK_PLACES):
+            place = start + tl.arange(0, BLOCK_PLACES)
+            seen = tl.load(mask + head // num_heads * num_places + place, mask=place < num_places, other=0) != 0
+            if tl.max(seen.to(tl.int32), axis=0) > 0:
+                offsets = (head * num_places + place)[:, None] * HEAD_SIZE + channel[None, :]
+                keys = tl.load(key + offsets, mask=seen[:, None], other=0.0)
+                values = tl.load(value + offsets, mask=seen[:, None], other=0.0)
+                scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+                weights = tl.exp(scores - new_peak[:, None])
+                shrink = tl.exp(peak - new_peak)
+                total = total * shrink + tl.sum(weights, axis=1)
+                result = result * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+                peak = new_peak
+        own = rows * NUM_PARTS + part
+        tl.store(totals + own, total, mask=is_query)
+        tl.store(peaks + own, peak, mask=is_query)
+        tl.store(sums + own[:, None] * HEAD_SIZE + channel[None, :], result, mask=is_query[:, None])
+
+    @triton.jit
+    def _join_kernel(sums, totals, peaks, outputs, HEAD_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr):
+        """One program: the parts of one query head, weighed by their share of the softmax."""
+        row = tl.program_id(0).to(tl.int64)
+        part = row * NUM_PARTS + tl.arange(0, NUM_PARTS)
+        channel = tl.arange(0, HEAD_SIZE)
+        peak = tl.load(peaks + part)
+        # A part without any place has a peak of -inf and no weight.
+        weight = tl.where(peak == float("-inf"), 0.0, tl.exp(peak - tl.max(peak, axis=0)))
+        total = tl.sum(weight * tl.load(totals + part), axis=0)
+        values = tl.load(sums + part[:, None] * HEAD_SIZE + channel[None, :])
+        result = tl.sum(weight[:, None] * values, axis=0) / total
+        tl.store(outputs + row * HEAD_SIZE + channel, result.to(outputs.dtype.element_ty))
+
+
+def _launch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Attend with `(batch, heads, 1, head_size)` over `(batch, key_heads, places, head_size)`; see `has_kernel`."""
+    query, key, value, mask = query.contiguous(), key.contiguous(), value.contiguous(), mask.contiguous()
+    num_rows, num_heads, num_places, head_size = key.shape
+    num_queries = query.shape[0] * query.shape[1]
+    sums = query.new_empty(num_queries, NUM_PARTS, head_size, dtype=torch.float32)
+    totals, peaks = (query.new_empty(num_queries, NUM_PARTS, dtype=torch.float32) for _ in range(2))
+    outputs = torch.empty_like(query)
+    _partial_kernel[(num_rows * num_heads, NUM_PARTS)](
+        query,
+        key,
+        value,
+        mask.view(torch.uint8),
+        sums,
+        totals,
+        peaks,
+        scaling,
+        num_places,
+        num_heads,
+        query.shape[1] // num_heads,
+        head_size,
+        NUM_PARTS,
+        BLOCK_PLACES,
+        SHARED_QUERIES,
+    )
+    _join_kernel[(num_queries,)](sums, totals, peaks, outputs, head_size, NUM_PARTS)
+    return outputs
+
+
+if triton is not None:
+    # torch.compile sees one operator with a known shape instead of Triton's inside; plain calls spare its overhead.
+    _launch_as_operator = torch.library.custom_op("nemotron_vl::decode_attention", _launch, mutates_args=())
+
+    @_launch_as_operator.register_fake
+    def _(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        return query.new_empty(query.shape)
+
+
+def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Say whether the kernel serves this attention: one query, and a mask over places that all its heads share."""
+    num_rows, num_heads, num_places, head_size = key.shape
+    return (
+        triton is not None
+        and query.device.type in KERNEL_DEVICES
+        and mask is not None
+        and mask.dtype == torch.bool
+        and mask.shape == (num_rows, 1, 1, num_places)
+        and query.shape[2] == 1
+        and query.shape[1] <= SHARED_QUERIES * num_heads
+        and value.shape == key.shape
+        and query.dtype == key.dtype == value.dtype
+        and 16 <= head_size <= MAX_HEAD_SIZE
+        and head_size & (head_size - 1) == 0
+        and not (torch.is_grad_enabled() and query.requires_grad)
+    )
+
+
+def decode_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' sdpa attention does, whose arguments these are.
+
+    Args:
+        module: the attention layer.
+        query: `(batch_size, num_heads, sequence_length, head_size)`.
+        key, value: `(batch_size, num_key_heads, num_places, head_size)`.
+        attention_mask: `(batch_size, 1, sequence_length, num_places)`, True for places to attend to; None for all.
+        dropout: share of weights that training drops.
+        scaling: factor of the scores; None for `head_size ** -0.5`.
+        kwargs: passed on to sdpa, which serves all that the kernel does not.
+
+    Returns:
+        `(batch_size, sequence_length, num_heads, head_size)`, and None for the weights.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        attention_mask = attention_mask[..., : key.shape[2]]  # transformers 4.57 may make it longer
+    if dropout or kwargs.get("cache") is not None or not has_kernel(query, key, value, attention_mask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    launch = _launch_as_operator if torch.compiler.is_compiling() else _launch
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return launch(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def default_attention() -> str | None:
+    """The attention of a language model whose caller asks for none; None leaves it to transformers."""
+    return NAME if triton is not None else None
+
+
+AttentionInterface.register(NAME, decode_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
