@@ -28,7 +28,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
-    """Nano's language model: 2.4 M parameters. Input and output embeddings are one matrix."""
+    """Nano's language model: 2.3 M parameters. Input and output embeddings are one matrix."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=192,
