@@ -26,7 +26,7 @@ from evaluation import ROOT
 from tools.chat import load
 from training.documents import KINDS, LONG_KINDS, NUM_LAYOUTS, document
 from training.drawing import FONTS, draw, random_style, require_fonts
-from training.questions import Asker, Conversation, Turn, ask, compare, text_only
+from training.questions import Asker, Conversation, Turn, ask, compare, text_only, verdict_of
 
 SPLIT = "heldout"
 TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
@@ -147,9 +147,11 @@ def answer(model, processor, questions: list[Question]) -> list[str]:
 
 
 def score(question: Question, given: str) -> dict[str, float]:
-    """Exact match, and for long answers the character error rate."""
+    """Exact match, for long answers the character error rate, for comparisons whether the verdict is right."""
     wanted = question.turn.answer
     marks = {"exact": float(given == wanted)}
+    if question.turn.task == "compare":
+        marks["verdict"] = float(verdict_of(given) == verdict_of(wanted))
     if question.turn.task in MAX_NEW_TOKENS:
         marks["character_error_rate"] = min(1.0, edit_distance(given, wanted) / len(wanted))
     return marks
@@ -163,8 +165,9 @@ def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
     summary = {}
     for task, members in groups.items():
         summary[task] = {"questions": len(members), "exact": mean(row["exact"] for row in members)}
-        if task in MAX_NEW_TOKENS:
-            summary[task]["character_error_rate"] = mean(row["character_error_rate"] for row in members)
+        for name in ("verdict", "character_error_rate"):
+            if name in members[0]:
+                summary[task][name] = mean(row[name] for row in members)
         for name in ("seen_font", "seen_layout", "seen_phrasing"):
             summary[task][f"exact_{name}"] = mean(row["exact"] for row in members if row[name])
             summary[task][f"exact_un{name}"] = mean(row["exact"] for row in members if not row[name])
@@ -173,10 +176,11 @@ def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 def markdown(report: dict) -> str:
     """The summary as a table: exact match, and what unseen fonts, layouts and phrasings cost."""
-    lines = ["| task | questions | exact | unseen font | unseen layout | unseen phrasing | character error rate |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| task | questions | exact | unseen font | unseen layout | unseen phrasing | verdict | error rate |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for task, numbers in report["tasks"].items():
-        names = ("exact", "exact_unseen_font", "exact_unseen_layout", "exact_unseen_phrasing", "character_error_rate")
+        names = ("exact", "exact_unseen_font", "exact_unseen_layout", "exact_unseen_phrasing")
+        names += ("verdict", "character_error_rate")
         cells = ["" if numbers.get(name) is None else f"{numbers[name]:.3f}" for name in names]
         lines.append(f"| {task} | {numbers['questions']} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
-from training.batches import IGNORE, Encoder, compare, exercise, lesson
+from training.batches import IGNORE, Encoder
 from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, document
 from training.drawing import FONTS, draw, random_style
+from training.exercises import exercise
+from training.lessons import lesson
 from training.nano import load_tokenizer, tiles_of
-from training.questions import ABSENT, Asker, ask, read_out, text_only
+from training.questions import ABSENT, Asker, ask, compare, read_out, text_only, verdict_of
 from training.words import split_of
 
 SEEDS = range(40)
@@ -91,12 +93,21 @@ def test_comparisons_are_right():
         conversation = compare(seed, "train", 3)
         first, second = conversation.documents
         for turn in conversation.turns:
+            values, verdict = turn.answer.removesuffix(verdict_of(turn.answer)).rstrip(". "), verdict_of(turn.answer)
+            pairs = {f"{value} and {second.fields.get(name)}": name for name, value in first.fields.items()}
+            name = pairs[values]
             if "higher" in turn.question:
                 amounts = [
                     float(page.fields["total"].lstrip("$\u20ac\u00a3").replace(",", ".")) for page in (first, second)
                 ]
-                assert turn.answer == ("The first." if amounts[0] > amounts[1] else "The second.")
-            assert turn.answer in ("The first.", "The second.", "Yes.", "No.")
+                assert name == "total"
+                assert verdict == ("The first." if amounts[0] > amounts[1] else "The second.")
+            elif " from " in turn.question:
+                asked = [page.fields["supplier"] in turn.question for page in (first, second)]
+                assert asked.count(True) == 1
+                assert verdict == ("The first." if asked[0] else "The second.")
+            else:
+                assert verdict == ("Yes." if first.fields[name] == second.fields[name] else "No.")
 
 
 def test_only_answers_carry_loss(encoder):
@@ -117,34 +128,46 @@ def test_exercises_ask_for_what_is_printed(num_lines):
             assert len(page.lines) == ROWS_PER_PAGE
             assert max(map(len, page.lines)) <= COLUMNS
             assert 1 <= sum(map(bool, page.lines)) <= num_lines
-        words = {word for page in conversation.documents for word in re.split(r"[ :]+", page.text)}
+        words = {word for page in conversation.documents for word in re.split(r"[^A-Za-z]+", page.text)}
         for turn in conversation.turns:
-            if turn.task == "compare":
-                assert turn.answer in ("Yes.", "No.")
-            else:
+            if turn.task not in ("compare", "html"):
                 answered = turn.answer == ABSENT or turn.answer in "\n".join(
                     page.text for page in conversation.documents
                 )
                 assert answered or turn.task == "transcription"
+            if turn.task == "html":
+                rows = [re.findall(r"<t[hd]>(.*?)</t", row) for row in turn.answer.split("<tr>")[1:]]
+                assert rows == [line.split() for line in conversation.documents[0].lines if line]
         for turn in conversation.turns:
             if turn.task == "field" and turn.answer == ABSENT:
                 assert not words & set(re.findall(r"[A-Za-z]{3,6}", turn.question)) - {"page"}
-    assert set(tasks) == {"transcription", "field", "cell", "compare"}
+    assert set(tasks) == {"transcription", "field", "cell", "compare", "html"}
 
 
 def test_a_pair_of_lists_is_compared_by_what_it_prints():
+    verdicts = Counter()
     for seed in range(300):
         conversation = exercise(seed, 10, share_of_look_ups=1.0)
         if len(conversation.documents) == 2:
             for turn in conversation.turns:
                 if turn.task == "compare":
-                    name = re.search(r"same (\w+)\?|Is the (\w+) the", turn.question)
-                    name = name[1] or name[2]
-                    values = [
-                        re.search(rf"^ *{name}:?\s+(.*)$", "\n".join(page.lines), re.MULTILINE)[1].strip()
-                        for page in conversation.documents
-                    ]
-                    assert turn.answer == ("Yes." if values[0] == values[1] else "No.")
+                    name = re.search(
+                        r"(?:the|both|higher|same|Which) (\w{3,6})(?: the same| higher|\?|\.| is)", turn.question
+                    )
+                    values = [printed_value(page, name[1]) for page in conversation.documents]
+                    verdict = "Yes." if values[0] == values[1] else "No."
+                    if "higher" in turn.question:
+                        verdict = "The first." if float(values[0]) > float(values[1]) else "The second."
+                    assert turn.answer == f"{values[0]} and {values[1]}. {verdict}"
+                    verdicts[verdict] += 1
+    assert min(verdicts[verdict] for verdict in ("Yes.", "No.", "The first.", "The second.")) > 10
+
+
+def printed_value(page, name: str) -> str:
+    """What stands beside a name, below it, or above it when the name is in brackets."""
+    text = "\n".join(line for line in page.lines if line)
+    above = re.search(rf"^(.*)\n[^\w\s]{name}[^\w\s]$", text, re.MULTILINE)
+    return (above or re.search(rf"^{name}:?\s+(.*)$", text, re.MULTILINE))[1].strip()
 
 
 def test_training_prompts_equal_the_chat_template(encoder):

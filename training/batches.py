@@ -4,34 +4,16 @@ A sequence is `<|begin_of_text|>`, then per turn a user and an assistant block; 
 256 `<image>` per tile, `</img>` and a line break. Only answers (with their `<|eot_id|>`) carry loss.
 """
 
-import random
-import string
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.documents import COLUMNS, KINDS, ROWS_PER_PAGE, Document, document
-from training.questions import (
-    ABSENT,
-    CELL_PHRASINGS,
-    COMPARE_PHRASINGS,
-    FIELD_PHRASINGS,
-    PRICE_PHRASINGS,
-    TRANSCRIBE_PHRASINGS,
-    VALUE_PHRASINGS,
-    Conversation,
-    Turn,
-    ask,
-    compare,
-    read_out,
-    text_only,
-)
+from training.documents import COLUMNS, ROWS_PER_PAGE, Document
+from training.questions import Conversation
 
 TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
 IGNORE = -100
-PAGE_PHRASING = "What is the {0} of the {1} page?"  # only in lessons: what to compare has to be found first
-ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 
 
 @dataclass
@@ -124,168 +106,3 @@ def lessons_by_length(encoder: "Encoder", conversations: list[Conversation], bat
     """Put conversations of like length together, to pad little; the order of the batches is by length."""
     by_length = sorted(conversations, key=lambda conversation: len(encoder.conversation(conversation)[0]))
     return [encoder.batch(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)]
-
-
-def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float = 0.0) -> Conversation:
-    """A page of random characters: there is nothing to guess, so a reader has to copy and to look up.
-
-    Args:
-        seed: any integer.
-        num_lines: at most so many printed lines, three or more.
-        share_of_look_ups: how many of the exercises are lists of names and values, tables, or pairs of lists, with
-            questions; the others are to be read out.
-    """
-    rng = random.Random(f"exercise {seed}")
-    if rng.random() >= share_of_look_ups:
-        return _copy(rng, num_lines)
-    return rng.choices((_look_up, _look_up_cell, _look_up_in_pair), (6, 2, 1))[0](rng, num_lines)
-
-
-def _copy(rng: random.Random, num_lines: int) -> Conversation:
-    """Lines of random characters to read out, few or many different ones, anywhere on the page."""
-    alphabet = rng.choice((ALPHABET, string.digits + ".,-", string.ascii_letters, string.ascii_lowercase[:6]))
-    lines = []
-    for _ in range(rng.randint(3, num_lines)):
-        words = ["".join(rng.choices(alphabet, k=rng.randint(1, 8))) for _ in range(rng.randint(1, 3))]
-        line = (" " * rng.choice((0, 0, 0, 1, 4))) + (" " * rng.choice((1, 1, 3, 6))).join(words)
-        lines.append(line[:COLUMNS].rstrip())
-    page = _print(rng, lines)
-    return Conversation([page], [Turn("transcription", rng.choice(TRANSCRIBE_PHRASINGS[:-1]), page.text)])
-
-
-def _look_up(rng: random.Random, num_lines: int) -> Conversation:
-    """Names with values on the same or on the next line; questions for some, and for names that are not there."""
-    names = _names(rng, rng.randint(2, num_lines) + 1)
-    page, known = _list(rng, names[:-1], num_lines)
-    asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
-    rng.shuffle(asked)
-    phrasings = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
-    turns = [Turn("field", rng.choice(phrasings).format(name), known.get(name, ABSENT)) for name in asked]
-    return Conversation([page], turns)
-
-
-def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
-    """A table of random names with one or two columns of numbers; questions for cells."""
-    names = _names(rng, rng.randint(2, num_lines - 1) + 1)
-    columns = [name[:3] for name in _names(rng, rng.randint(1, 2))]
-    rows = {name: [str(rng.randint(0, 999)) for _ in columns] for name in names[:-1]}
-    widths = (8, rng.choice((4, -4, 6, 8)) if len(columns) == 1 else rng.choice((4, -4)))
-    lines = [_row(rng.choice(("Item", "Name", "Part")), columns, widths)]
-    page = _print(rng, lines + [_row(name, row, widths) for name, row in rows.items()])
-    asked = rng.sample([(name, index) for name in rows for index in range(len(columns))], min(6, len(rows)))
-    cells = [(name, columns[index], rows[name][index]) for name, index in asked]
-    cells.insert(rng.randrange(len(cells)), (names[-1], rng.choice(columns), ABSENT))
-    phrasings = CELL_PHRASINGS[:-1]
-    turns = [Turn("cell", rng.choice(phrasings).format(name, column), cell) for name, column, cell in cells]
-    return Conversation([page], turns)
-
-
-def _look_up_in_pair(rng: random.Random, num_lines: int) -> Conversation:
-    """Two lists of the same names; questions for the values of one of them, and whether both say the same."""
-    names = _names(rng, rng.randint(2, max(2, num_lines // 2)))
-    first, known = _list(rng, names, num_lines)
-    second, known_there = _list(rng, names, num_lines, {name: v for name, v in known.items() if rng.random() < 0.5})
-    turns = []
-    for name in rng.sample(names, min(4, len(names))):
-        if name in known and name in known_there:
-            same = "Yes." if known[name] == known_there[name] else "No."
-            turns.append(Turn("compare", rng.choice(COMPARE_PHRASINGS["same"][:-1]).format(name), same))
-            number, values = rng.choice((("first", known), ("second", known_there)))
-            turns.append(Turn("field", PAGE_PHRASING.format(name, number), values[name]))
-    rng.shuffle(turns)
-    return Conversation([first, second], turns)
-
-
-def _names(rng: random.Random, count: int) -> list[str]:
-    """So many different words of random letters."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names["".join(rng.choices(string.ascii_letters, k=rng.randint(3, 6)))] = None
-    return list(names)
-
-
-def _list(
-    rng: random.Random, names: list[str], num_lines: int, given: dict[str, str] | None = None
-) -> tuple[Document, dict[str, str]]:
-    """Print names with values, those `given` or random ones, and return what found room."""
-    pieces = (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
-    form = rng.choice(("right", "left", "colon", "below"))
-    known: dict[str, str] = {}
-    lines: list[str] = []
-    for name in names:
-        longest = COLUMNS - 1 if form == "below" else COLUMNS - len(name) - 2
-        value = (given or {}).get(name, "")
-        if not 0 < len(value) <= longest:
-            value = _value(rng, rng.choice(pieces), longest)
-        printed = {
-            "right": [name + value.rjust(COLUMNS - len(name))],
-            "left": [f"{name} {value}"],
-            "colon": [f"{name}: {value}"],
-            "below": [name, value],
-        }[form]
-        if len(lines) + len(printed) > num_lines:
-            break
-        lines += printed
-        known[name] = value
-    return _print(rng, lines), known
-
-
-def _value(rng: random.Random, alphabet: str, longest: int) -> str:
-    """One or two words of random characters."""
-    value = "".join(rng.choices(alphabet, k=rng.randint(2, 8)))
-    if longest > 9 and rng.random() < 0.5:
-        value += " " + "".join(rng.choices(alphabet, k=rng.randint(1, 7)))
-    return value[:longest].rstrip()
-
-
-def _row(name: str, cells: list[str], widths: tuple[int, int]) -> str:
-    """A line of a table; a negative width puts cells to the left."""
-    width = abs(widths[1])
-    return name.ljust(widths[0]) + "".join(c.rjust(width) if widths[1] > 0 else c.ljust(width) for c in cells)
-
-
-def _print(rng: random.Random, lines: list[str]) -> Document:
-    """Put lines on a page in their order, at rows chosen at random or one below the other."""
-    rows = range(len(lines))
-    if rng.random() < 0.5:
-        rows = sorted(rng.sample(range(ROWS_PER_PAGE), len(lines)))
-    page = Document("exercise", 0, [""] * ROWS_PER_PAGE)
-    for row, line in zip(rows, lines, strict=True):
-        page.lines[row] = line.rstrip()
-    return page
-
-
-def lesson(
-    seed: int, kinds: tuple[str, ...] = tuple(KINDS), share_of_long: float = 0.0, share_of_pairs: float = 0.0
-) -> Conversation:
-    """Return the training conversation of a seed: questions about a page, then (mostly) its transcription.
-
-    Args:
-        seed: any integer.
-        kinds: the kinds of documents to draw.
-        share_of_long: how many of the conversations are about a document of two tiles.
-        share_of_pairs: how many compare two documents.
-    """
-    rng = random.Random(f"lesson {seed}")
-    draw = rng.random()
-    if draw < share_of_pairs:
-        return _compare_and_find(rng, compare(seed, "train", 5))
-    if draw < share_of_pairs + 0.02:
-        return text_only(seed, "train", 4)
-    is_long = rng.random() < share_of_long
-    page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
-    if rng.random() < 0.25:
-        return read_out(seed, "train", page)
-    questions = ask(seed, "train", page, 9)
-    if rng.random() < 0.6:
-        questions.turns += read_out(seed, "train", page).turns
-    return questions
-
-
-def _compare_and_find(rng: random.Random, comparison: Conversation) -> Conversation:
-    """Ask, between the comparisons of two pages, for values of each."""
-    for number, page in zip(("first", "second"), comparison.documents, strict=True):
-        for name in rng.sample(list(page.fields), min(2, len(page.fields))):
-            turn = Turn("field", PAGE_PHRASING.format(name, number), page.fields[name])
-            comparison.turns.insert(rng.randint(0, len(comparison.turns)), turn)
-    return comparison

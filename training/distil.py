@@ -20,16 +20,8 @@ from training.batches import Encoder
 from training.documents import KINDS, LONG_KINDS, Document, document
 from training.drawing import draw, random_style, require_fonts
 from training.nano import build_model, load_tokenizer, tiles_of
-from training.perfect_cells import (
-    Reader,
-    Run,
-    build_optimizers,
-    learn,
-    load_weights,
-    prepare_torch,
-    run_parser,
-    set_progress,
-)
+from training.perfect_cells import Reader
+from training.runs import Run, build_optimizers, learn, load_weights, prepare_torch, run_parser, set_progress
 
 BLANK_WEIGHT = 0.1  # most cells are blank
 
@@ -108,7 +100,7 @@ def main() -> None:
 
     while run.progress < 1:
         set_progress(optimizers, run.progress, run.steps_since_start)
-        first = (arguments.seed * 10**7 + run.state["step"]) * arguments.batch_size
+        first = run.first_seed(arguments)
         seeds = list(range(first, first + arguments.batch_size))
         pages = [random_page(seed) for seed in seeds]
         trouble = min(1.0, run.state["step"] / 400)

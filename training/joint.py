@@ -9,6 +9,7 @@ stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, w
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
@@ -16,17 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from training import ROOT
-from training.batches import Batch, Encoder, lesson, lessons_by_length
+from training.batches import Batch, Encoder, lessons_by_length
 from training.distil import Eye, draw_pages, glyph_loss
-from training.documents import KINDS
 from training.drawing import require_fonts
+from training.lessons import add_lesson_options, draw_lesson, held_out_lesson
 from training.nano import build_model, load_tokenizer, save_nano
-from training.perfect_cells import (
-    Reader,
+from training.perfect_cells import Reader, cells_of
+from training.runs import (
     Run,
+    Score,
     build_optimizers,
-    cells_of,
-    held_out_lesson,
     learn,
     load_weights,
     prepare_torch,
@@ -49,11 +49,11 @@ class Nano(nn.Module):
         self.reader = Reader(vocab_size)
 
     def forward(
-        self, batch: Batch, encoder: Encoder, pixel_values: torch.Tensor | None
+        self, batch: Batch, encoder: Encoder, pixel_values: torch.Tensor | None, noise: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return answer logits, the labels, and the glyph logits of all cells."""
+        """Return answer logits, the labels, and the glyph logits of all cells; without pixels, read perfect cells."""
         if pixel_values is None:
-            return *self.reader(batch, encoder), None
+            return *self.reader(batch, encoder, noise=noise), None
         visual_tokens, glyph_logits = self.eye(pixel_values)
         return *self.reader(batch, encoder, visual_tokens), glyph_logits
 
@@ -61,18 +61,12 @@ class Nano(nn.Module):
 @torch.no_grad()
 def measure(nano: Nano, encoder: Encoder, kinds: tuple[str, ...], num_batches: int = 5) -> dict[str, float]:
     """Teacher-forced accuracy of held-out answers to pictures: of tokens, and of whole answers."""
-    right_tokens = num_tokens = right_answers = num_answers = 0
+    score = Score(encoder.end[0])
     for index in range(num_batches):
         seeds = list(range(8 * index, 8 * index + 8))
         batch = encoder.batch([held_out_lesson(seed, kinds) for seed in seeds])
-        logits, labels, _ = nano(batch, encoder, draw_pages(batch.pages, seeds, "heldout"))
-        right = logits.argmax(-1) == labels
-        right_tokens, num_tokens = right_tokens + right.sum().item(), num_tokens + len(right)
-        start = 0
-        for end in (labels == encoder.end[0]).nonzero().flatten().tolist():
-            right_answers, num_answers = right_answers + right[start : end + 1].all().item(), num_answers + 1
-            start = end + 1
-    return {"tokens": right_tokens / num_tokens, "answers": right_answers / num_answers}
+        score.add(*nano(batch, encoder, draw_pages(batch.pages, seeds, "heldout"))[:2])
+    return score.shares
 
 
 def export(nano: Nano, directory: Path) -> None:
@@ -106,9 +100,9 @@ def main() -> None:
     parser.add_argument("--eyes", type=Path, help="run of training.distil")
     parser.add_argument("--export", type=Path, help="write the checkpoint there instead of training")
     parser.add_argument("--freeze-eyes", action="store_true", help="train the language model alone")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
-    parser.add_argument("--long", type=float, default=0.1, help="share of documents of two tiles")
-    parser.add_argument("--pairs", type=float, default=0.1, help="share of comparisons of two documents")
+    parser.add_argument("--cells", type=float, default=0.0, help="share of steps on perfect cells instead of pictures")
+    parser.add_argument("--noise", type=float, default=0.0, help="of these cells, relative to their deviation")
+    add_lesson_options(parser, long=0.1, pairs=0.1)
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     require_fonts()
@@ -139,15 +133,17 @@ def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace,
     pool: list[Batch] = []
     while run.progress < 1:
         if not pool:
-            first = (arguments.seed * 10**7 + run.state["step"]) * arguments.batch_size
-            seeds = range(first, first + arguments.batch_size * 4)
-            drawn = [lesson(seed, kinds, arguments.long, arguments.pairs) for seed in seeds]
+            first = run.first_seed(arguments)
+            drawn = [draw_lesson(first + index, arguments) for index in range(arguments.batch_size * 4)]
             pool = lessons_by_length(encoder, drawn, arguments.batch_size)
         set_progress(optimizers, run.progress, run.steps_since_start)
         batch = pool.pop(run.state["step"] % len(pool))
-        first = (arguments.seed * 10**7 + run.state["step"]) * 100
-        pixels = draw_pages(batch.pages, list(range(first, first + len(batch.pages)))) if batch.pages else None
-        logits, labels, glyph_logits = nano(batch, encoder, pixels)
+        on_cells = random.Random(run.state["step"]).random() < arguments.cells
+        styles = [
+            2 * run.first_seed(arguments) + index for index in range(len(batch.pages))
+        ]  # a lesson has two at most
+        pixels = draw_pages(batch.pages, styles) if batch.pages and not on_cells else None
+        logits, labels, glyph_logits = nano(batch, encoder, pixels, arguments.noise)
         loss = nn.functional.cross_entropy(logits, labels)
         numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
         if pixels is not None and not arguments.freeze_eyes:

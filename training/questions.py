@@ -2,6 +2,7 @@
 
 Tasks: "field", "price", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
 "compare" (two images) and "text" (no image). The last phrasing of each list is only ever used for "heldout".
+A comparison is answered by what each page says, and then the verdict: "12.40 and 9.80. The first."
 """
 
 import random
@@ -12,6 +13,7 @@ from training.documents import Document, document
 from training.words import words
 
 ABSENT = "Not in the document."
+PAGE_VERDICTS = ("The first.", "The second.")
 
 FIELD_PHRASINGS = (
     "What is the {}?",
@@ -19,7 +21,12 @@ FIELD_PHRASINGS = (
     "{}?",
     "Which {} is on the page?",
     "Please find the {}.",
-    "Read the {}.",  # held out
+    "Read the {}.",
+    "Please read the {}.",
+    "Find the {} on this page.",
+    "The {}, please.",
+    "What does the page give as the {}?",
+    "What {} does the page have?",  # held out
 )
 PRICE_PHRASINGS = (
     "What is the price of {}?",
@@ -53,10 +60,11 @@ HTML_PHRASINGS = (
     "Give the table as HTML.",
 )
 COMPARE_PHRASINGS = {
-    "total": ("Which page has the higher total?", "Which total is higher?", "Find the higher total."),
+    "higher": ("Which page has the higher {}?", "Which {} is higher?", "Find the higher {}."),
     "same": ("Do both pages have the same {}?", "Is the {} the same?", "Do both pages give the same {}?"),
     "which": ("Which page is from {}?", "Find the page from {}.", "Which of both pages is from {}?"),
 }
+PAGE_PHRASING = "What is the {0} of the {1} page?"  # only in lessons: what to compare has to be found first
 
 
 def phrase_word(article: str, word: str) -> tuple[str, ...]:
@@ -183,38 +191,54 @@ class Asker:
         return self.turn("transcription", page.text, TRANSCRIBE_PHRASINGS)
 
     def html(self, page: Document) -> Turn:
-        rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in page.table]
-        rows[0] = rows[0].replace("td>", "th>")
-        return self.turn("html", f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>", HTML_PHRASINGS)
+        return self.turn("html", table_as_html(page.table), HTML_PHRASINGS)
 
     def text_only(self) -> Turn:
         answer = self.rng.choice(list(TEXT_QUESTIONS))
         return self.turn("text", answer, TEXT_QUESTIONS[answer])
 
     def compare(self, first: Document, second: Document) -> Turn:
-        both = [
-            name for name in ("date", "supplier", "total", "title") if name in first.fields and name in second.fields
-        ]
-        amounts = [amount_of(page) for page in (first, second)]
-        kinds = ["same"] if both else []
-        kinds += ["total"] if None not in amounts and amounts[0] != amounts[1] else []
-        kinds += ["which"] if "supplier" in both else []
+        """A question about a field that both pages have."""
+        names = [name for name in ("date", "supplier", "total") if name in first.fields and name in second.fields]
+        values = {name: (first.fields[name], second.fields[name]) for name in names}
+        amounts = [amount_of(total) for total in values["total"]]
+        kinds = ["same"] + ["higher"] * (amounts[0] != amounts[1])
+        kinds += ["which"] * (values["supplier"][0] != values["supplier"][1])
         kind = self.rng.choice(kinds)
-        if kind == "total":
-            answer = "The first." if amounts[0] > amounts[1] else "The second."
-            return self.turn("compare", answer, COMPARE_PHRASINGS[kind])
+        if kind == "higher":
+            verdict = PAGE_VERDICTS[amounts[1] > amounts[0]]
+            return self._comparison(kind, self.name_of("total"), *values["total"], verdict)
         if kind == "which":
-            answer, page = self.rng.choice((("The first.", first), ("The second.", second)))
-            return self.turn("compare", answer, COMPARE_PHRASINGS[kind], page.fields["supplier"])
-        name = self.rng.choice(both)
-        answer = "Yes." if first.fields[name] == second.fields[name] else "No."
-        return self.turn("compare", answer, COMPARE_PHRASINGS[kind], self.name_of(name))
+            number = self.rng.randrange(2)
+            return self._comparison(kind, values["supplier"][number], *values["supplier"], PAGE_VERDICTS[number])
+        name = self.rng.choice(names)
+        verdict = "Yes." if values[name][0] == values[name][1] else "No."
+        return self._comparison(kind, self.name_of(name), *values[name], verdict)
+
+    def _comparison(self, kind: str, asked: str, first: str, second: str, verdict: str) -> Turn:
+        return self.turn("compare", comparison(first, second, verdict), COMPARE_PHRASINGS[kind], asked)
 
 
-def amount_of(page: Document) -> float | None:
-    """The total as a number, None where there is none."""
-    printed = page.fields.get("total")
-    return None if printed is None else float(printed.lstrip("$\u20ac\u00a3").replace(",", "."))
+def table_as_html(table: list[list[str]]) -> str:
+    """Rows of cells as HTML; the first row is the header."""
+    rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in table]
+    rows[0] = rows[0].replace("td>", "th>")
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def comparison(first: str, second: str, verdict: str) -> str:
+    """The answer to a comparison: two look-ups written down, which makes the verdict a matter of reading them again."""
+    return f"{first} and {second}. {verdict}"
+
+
+def verdict_of(answer: str) -> str:
+    """The last sentence of the answer to a comparison."""
+    return answer.rsplit(". ", 1)[-1]
+
+
+def amount_of(printed: str) -> float:
+    """A printed amount as a number."""
+    return float(printed.lstrip("$\u20ac\u00a3").replace(",", "."))
 
 
 def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
@@ -248,9 +272,10 @@ def compare(seed: int, split: str, num_turns: int) -> Conversation:
         name = asker.rng.choice(shared)
         replace_value(pages[1], name, pages[0].fields[name])
     turns: dict[str, Turn] = {}
-    for _ in range(num_turns * 3):
+    for _ in range(num_turns * 4):
         turn = asker.compare(*pages)
-        turns.setdefault(turn.question, turn)
+        # Values once given could be copied from the earlier answer: ask about each pair only once.
+        turns.setdefault(turn.answer.removesuffix(verdict_of(turn.answer)), turn)
         if len(turns) == num_turns:
             break
     return Conversation(pages, list(turns.values()))
@@ -283,4 +308,4 @@ def instruction_texts() -> Iterator[str]:
         yield from (f"the {name}" for name in names)
         yield from (f"{name[0].upper()}{name[1:]}?" for name in names)
     yield from TEXT_QUESTIONS
-    yield from (ABSENT, "Yes.", "No.", "The first.", "The second.")
+    yield from (ABSENT, "Yes.", "No.", *PAGE_VERDICTS)

@@ -1,0 +1,67 @@
+"""What nano is taught: conversations about drawn documents, mixed with exercises on random characters."""
+
+import argparse
+import random
+
+from training.documents import KINDS, document
+from training.exercises import exercise
+from training.questions import PAGE_PHRASING, Conversation, Turn, ask, compare, read_out, text_only
+
+
+def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
+    """The options that say what to teach."""
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of documents; a kind may be repeated")
+    parser.add_argument("--exercises", type=float, default=0.0, help="share of pages of random characters")
+    parser.add_argument("--exercise-lines", type=int, default=14)
+    parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
+    parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
+    parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
+    parser.set_defaults(**defaults)
+
+
+def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
+    """An exercise, or a lesson about a document, as the options say."""
+    if random.Random(seed).random() < arguments.exercises:
+        return exercise(seed, arguments.exercise_lines, arguments.look_ups)
+    return lesson(seed, tuple(arguments.kinds), arguments.long, arguments.pairs)
+
+
+def held_out_lesson(seed: int, kinds: tuple[str, ...]) -> Conversation:
+    """Five questions about a held-out page."""
+    return ask(seed, "heldout", document(seed, "heldout", kinds[seed % len(kinds)]), 5)
+
+
+def lesson(
+    seed: int, kinds: tuple[str, ...] = tuple(KINDS), share_of_long: float = 0.0, share_of_pairs: float = 0.0
+) -> Conversation:
+    """Return the training conversation of a seed: questions about a page, then (mostly) its transcription.
+
+    Args:
+        seed: any integer.
+        kinds: the kinds of documents to draw.
+        share_of_long: how many of the conversations are about a document of two tiles.
+        share_of_pairs: how many compare two documents.
+    """
+    rng = random.Random(f"lesson {seed}")
+    draw = rng.random()
+    if draw < share_of_pairs:
+        return _compare_and_find(rng, compare(seed, "train", 3))
+    if draw < share_of_pairs + 0.02:
+        return text_only(seed, "train", 4)
+    is_long = rng.random() < share_of_long
+    page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
+    if rng.random() < 0.25:
+        return read_out(seed, "train", page)
+    questions = ask(seed, "train", page, 9)
+    if rng.random() < 0.6:
+        questions.turns += read_out(seed, "train", page).turns
+    return questions
+
+
+def _compare_and_find(rng: random.Random, comparison: Conversation) -> Conversation:
+    """Ask, between the comparisons of two pages, for values of each."""
+    for number, page in zip(("first", "second"), comparison.documents, strict=True):
+        for name in rng.sample(list(page.fields), min(2, len(page.fields))):
+            turn = Turn("field", PAGE_PHRASING.format(name, number), page.fields[name])
+            comparison.turns.insert(rng.randint(0, len(comparison.turns)), turn)
+    return comparison
