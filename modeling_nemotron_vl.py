@@ -30,7 +30,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
 from .chat_cache import ChatCache
 from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
@@ -75,11 +75,20 @@ class NemotronVLOutput(CausalLMOutputWithPast):
 
     image_hidden_states: torch.Tensor | None = None
 
+    # Every step of a generation makes an output. `ModelOutput` would list all fields for each value that it enters, and
+    # again at the end; the same entries and attributes come out of this.
+
+    def __post_init__(self) -> None:
+        if self.logits is None:  # made of pairs, as `DataParallel` does, or of a loss alone
+            super().__post_init__()
+            if self.loss is None and "loss" in self:  # transformers 4.57 leaves the pairs under the first name
+                super(ModelOutput, self).__delitem__("loss")
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if value is None:  # nothing to enter; `ModelOutput` would list all fields first, in every step of a generation
-            object.__setattr__(self, name, value)
+        if value is not None and name in self.__dataclass_fields__:
+            self[name] = value  # sets the attribute as well
         else:
-            super().__setattr__(name, value)
+            object.__setattr__(self, name, value)
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -227,6 +236,11 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     def base_model(self) -> "ModelWithoutHead":
         """The model without its head, under transformers' name."""
         return self.model
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The language model; `nn.Module` would search three dictionaries for it, twice in a step of a generation."""
+        return self._modules["language_model"]
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -407,7 +421,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             if torch.compiler.is_compiling():
                 num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        image_features = _features_of(image_outputs)
+        image_features = None if image_outputs is None else _features_of(image_outputs)
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
             self._check_no_images(input_ids)
         if inputs_embeds is None:
@@ -421,7 +435,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     @property
     def _is_spread(self) -> bool:
         """Whether a device map lays the model over several devices."""
-        return len(set(vars(self).get("hf_device_map", {}).values())) > 1
+        device_map = vars(self).get("hf_device_map")
+        return device_map is not None and len(set(device_map.values())) > 1
 
     def _check_no_images(self, input_ids: torch.Tensor) -> None:
         """Raise if a prompt without images has image tokens."""

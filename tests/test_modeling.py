@@ -614,4 +614,7 @@ def test_an_output_is_made_by_name_or_of_pairs_and_read_as_transformers_do():
     assert list(named) == ["logits", "image_hidden_states"] and named.to_tuple() == (logits, logits)
     paired = NemotronVLOutput(iter(named.items()))  # as accelerate and DataParallel do
     assert dict(paired) == dict(named) and paired.loss is None and paired.logits is logits
+    assert list(NemotronVLOutput(loss=logits)) == ["loss"] and not list(NemotronVLOutput())
     assert list(_pytree.tree_flatten(named)[0]) == [logits] * 2
+    named.loss, named.note = logits, "no field"
+    assert named["loss"] is named.loss and "note" not in named and named.note == "no field"
