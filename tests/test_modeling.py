@@ -618,3 +618,13 @@ def test_an_output_is_made_by_name_or_of_pairs_and_read_as_transformers_do():
     assert list(_pytree.tree_flatten(named)[0]) == [logits] * 2
     named.loss, named.note = logits, "no field"
     assert named["loss"] is named.loss and "note" not in named and named.note == "no field"
+
+
+def test_the_language_model_is_a_module_like_others_and_can_be_replaced(model):
+    own, other = model.language_model, torch.nn.Identity()
+    try:
+        model.language_model = other  # as adapters of a part do
+        assert model.language_model is other and dict(model.named_children())["language_model"] is other
+    finally:
+        model.language_model = own
+    assert "language_model.lm_head.weight" in model.state_dict()
