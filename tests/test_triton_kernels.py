@@ -1,7 +1,5 @@
 """Where Triton's kernels run and where they do not; and that they compile for GPUs, without one."""
 
-import os
-import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -10,7 +8,7 @@ import torch
 from nemotron_vl import decode_attention, packed_matmul, triton_kernels
 
 from tests.kernels import DEVICE, needs_compiler, needs_kernels
-from tools import ROOT
+from tests.processes import run
 
 
 class Kernel:
@@ -128,8 +126,4 @@ def test_the_kernels_compile_for_an_h100(dtype):
 @pytest.mark.parametrize("name", ["triton_kernels", "decode_attention", "packed_matmul"])
 def test_the_kernels_in_the_interpreter(name):
     """Runs the tests of the kernels once more, where Triton's interpreter stands in for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py"]
-    run = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py", TRITON_INTERPRET="1")
