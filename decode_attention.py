@@ -13,18 +13,20 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .triton_kernels import runs_kernels
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch
+except ImportError:  # see triton_kernels
     triton = None
 
 NAME = "nemotron_vl_decode"  # as an `attn_implementation`
-KERNEL_DEVICES = ("cuda",)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_PLACES = 64
 NUM_PARTS = 32  # programs that share the places of one key head, block by block in turn
 SHARED_QUERIES = 16  # rows of a product on tensor cores, the least that Triton multiplies
-MAX_HEAD_SIZE = 256
+MAX_HEAD_BYTES = 256  # of a key; twice that, in float32, takes 72 KiB of shared memory, and a T4 has 64
 
 if triton is not None:
 
@@ -88,7 +90,8 @@ if triton is not None:
         weight = tl.where(peak == float("-inf"), 0.0, tl.exp(peak - tl.max(peak, axis=0)))
         total = tl.sum(weight * tl.load(totals + part), axis=0)
         values = tl.load(sums + part[:, None] * HEAD_SIZE + channel[None, :])
-        result = tl.sum(weight[:, None] * values, axis=0) / total
+        # The peak itself counts 1, so the total is less for a row without any place alone: zeros, as sdpa says.
+        result = tl.sum(weight[:, None] * values, axis=0) / tl.maximum(total, 1.0)
         tl.store(outputs + row * HEAD_SIZE + channel, result.to(outputs.dtype.element_ty))
 
 
@@ -102,24 +105,25 @@ def _launch(
     sums = query.new_empty(num_queries, NUM_PARTS, head_size, dtype=torch.float32)
     totals, peaks = (query.new_empty(num_queries, NUM_PARTS, dtype=torch.float32) for _ in range(2))
     outputs = torch.empty_like(query)
-    _partial_kernel[(num_rows * num_heads, NUM_PARTS)](
-        query,
-        key,
-        value,
-        mask.view(torch.uint8),
-        sums,
-        totals,
-        peaks,
-        scaling,
-        num_places,
-        num_heads,
-        query.shape[1] // num_heads,
-        head_size,
-        NUM_PARTS,
-        BLOCK_PLACES,
-        SHARED_QUERIES,
-    )
-    _join_kernel[(num_queries,)](sums, totals, peaks, outputs, head_size, NUM_PARTS)
+    with torch.cuda.device_of(query):  # Triton launches on the current device, wherever the tensors are
+        _partial_kernel[(num_rows * num_heads, NUM_PARTS)](
+            query,
+            key,
+            value,
+            mask.view(torch.uint8),
+            sums,
+            totals,
+            peaks,
+            scaling,
+            num_places,
+            num_heads,
+            query.shape[1] // num_heads,
+            head_size,
+            NUM_PARTS,
+            BLOCK_PLACES,
+            SHARED_QUERIES,
+        )
+        _join_kernel[(num_queries,)](sums, totals, peaks, outputs, head_size, NUM_PARTS)
     return outputs
 
 
@@ -138,18 +142,18 @@ def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask
     """Say whether the kernel serves this attention: one query, and a mask over places that all its heads share."""
     num_rows, num_heads, num_places, head_size = key.shape
     return (
-        triton is not None
-        and query.device.type in KERNEL_DEVICES
-        and mask is not None
+        mask is not None
         and mask.dtype == torch.bool
         and mask.shape == (num_rows, 1, 1, num_places)
         and query.shape[2] == 1
         and query.shape[1] <= SHARED_QUERIES * num_heads
         and value.shape == key.shape
         and query.dtype == key.dtype == value.dtype
-        and 16 <= head_size <= MAX_HEAD_SIZE
+        and query.dtype in KERNEL_DTYPES
+        and 16 <= head_size <= MAX_HEAD_BYTES // query.element_size()
         and head_size & (head_size - 1) == 0
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and runs_kernels(query.device)
     )
 
 

@@ -40,6 +40,7 @@ from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies 
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
 from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
+from .triton_kernels import runs_kernels
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
@@ -56,9 +57,6 @@ PIXEL_TOLERANCE = 0.01
 BICUBIC_OVERSHOOT = 0.5
 PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
 
-
-# Devices whose generations take a static cache unless told otherwise: transformers compiles the decode step there.
-COMPILED_DEVICES = ("cuda",)
 
 # transformers 5 asks remote code for its signature in every step of a generation, and spares its own language models.
 REMOTE_CODE_IS_ASKED = hasattr(PreTrainedModel, "is_remote_code")
@@ -577,7 +575,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
-        """Say whether a generation is one that transformers compiles if its cache is static, and that names no cache.
+        """Say whether a generation is one that transformers can compile if its cache is static, and names no cache.
 
         Not those with beams, an assistant, a kept cache, no cache or chunks, a model on several devices or a state
         that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
@@ -594,14 +592,14 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
         return (
-            self.device.type in COMPILED_DEVICES
-            and not self._is_spread
+            not self._is_spread
             and not self._is_stateful
             and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
             and not given("disable_compile")
             and (given("num_beams") or 1) == 1
             and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
+            and runs_kernels(self.device)  # which the compiled step is made of
         )
 
     def _embed_prompt(

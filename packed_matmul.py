@@ -4,20 +4,21 @@ A decode step is bound by the bytes it reads, so a weight of 4.5 or 8 bits has t
 memory. The kernels unpack as `quantization_nemotron_vl` does (float32 products, one cast to the dtype of the input)
 and add up in float32, so the results differ from the unpacked layer's by the order of summation alone.
 
-Triton comes with the CUDA builds of torch. Without it, or with many rows, the weight is unpacked for the matmul.
+Where Triton does not run (`triton_kernels`), or with many rows, the weight is unpacked for the matmul.
 """
 
 import torch
 
+from .triton_kernels import runs_kernels
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch
+except ImportError:  # see triton_kernels
     triton = None
 
 # The kernels read the weight once for each row of the input: prompts are better off with one unpacked weight.
 MAX_ROWS = 4
-KERNEL_DEVICES = ("cuda",)
 BLOCK_OUTPUTS = 8
 BLOCK_BYTES = 256  # of a weight's row at once
 FORMATS = ("NVFP4", "FP8")
@@ -98,10 +99,11 @@ def _launch(
     outputs = rows.new_empty(num_rows, num_outputs)
     grid = (-(-num_outputs // BLOCK_OUTPUTS), num_rows)
     sizes = (rows.shape[1], num_outputs, BLOCK_OUTPUTS, BLOCK_BYTES)
-    if block_scales is None:
-        _fp8_kernel[grid](rows, weight, scale, outputs, *sizes)
-    else:
-        _nvfp4_kernel[grid](rows, weight, block_scales, scale, outputs, *sizes)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device, wherever the tensors are
+        if block_scales is None:
+            _fp8_kernel[grid](rows, weight, scale, outputs, *sizes)
+        else:
+            _nvfp4_kernel[grid](rows, weight, block_scales, scale, outputs, *sizes)
     return outputs
 
 
@@ -119,11 +121,10 @@ if triton is not None:
 def has_kernel(format_name: str, inputs: torch.Tensor, tensors: dict[str, torch.Tensor]) -> bool:
     """Say whether `multiply_packed` serves this product, and is the faster way."""
     return (
-        triton is not None
-        and inputs.device.type in KERNEL_DEVICES
-        and format_name in FORMATS
+        format_name in FORMATS
         and "pre_quant_scale" not in tensors
         and 0 < inputs.shape[:-1].numel() <= MAX_ROWS
+        and runs_kernels(inputs.device)
     )
 
 

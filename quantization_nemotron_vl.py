@@ -421,7 +421,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device_type = hidden_states.device.type
-        if torch.is_autocast_enabled(device_type):
+        # "meta" has no autocast, and torch refuses to be asked.
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             output = _PackedMatmul.apply(hidden_states, self)

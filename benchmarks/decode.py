@@ -79,8 +79,7 @@ def weight_bytes(model: torch.nn.Module, num_cached: int) -> int:
     """Bytes that one token reads: layers, `lm_head`, and the keys and values of the tokens before."""
     text = model.config.text_config
     layers = [*model.language_model.model.layers.parameters(), *model.language_model.lm_head.parameters()]
-    head_dim = text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * num_cached * model.dtype.itemsize
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * num_cached * model.dtype.itemsize
     return sum(weight.numel() * weight.element_size() for weight in layers) + cache
 
 

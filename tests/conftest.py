@@ -82,3 +82,13 @@ def inputs(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
     image = torch.full((1, config.num_image_tokens_per_tile), config.image_token_id)
     pixel_values = torch.rand(1, 3, config.force_image_size, config.force_image_size, generator=generator)
     return {"input_ids": torch.cat((image, text), 1), "pixel_values": pixel_values}
+
+
+@pytest.fixture
+def kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Triton's kernels serve where their tests run, which may be a CPU; see tests/kernels.py."""
+    from nemotron_vl import triton_kernels
+
+    from tests.kernels import DEVICE
+
+    monkeypatch.setattr(triton_kernels, "KERNEL_DEVICES", (DEVICE,))

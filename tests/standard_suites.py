@@ -34,6 +34,12 @@ from transformers.models.auto import modeling_auto
 
 from tools.tiny_checkpoint import make_tokenizer
 
+if __name__ == "__main__":  # pytest imports this file again, and then knows where the suites lie
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    os.environ["TRANSFORMERS_CHECKOUT"] = sys.argv[1]
+    sys.exit(pytest.main(["-q", "-o", "addopts=", "-W", "ignore", *sys.argv[2:], __file__]))
+
 CHECKOUT = Path(os.environ.get("TRANSFORMERS_CHECKOUT", "."))
 VERSION_5 = transformers.__version__.startswith("5.")
 IMAGE_TOKEN_ID = 7
@@ -223,12 +229,3 @@ class ProcessorSuite(TrustsCode, standard("test_processing_common").ProcessorTes
         cls.full_tmpdirname = None
         image_processor = NemotronVLImageProcessor(image_size=64, max_num_tiles=1)
         NemotronVLProcessor(image_processor, make_tokenizer()).save_pretrained(cls.tmpdirname)
-
-
-def main(checkout: str, *arguments: str) -> int:
-    os.environ["TRANSFORMERS_CHECKOUT"] = checkout
-    return pytest.main(["-q", "-o", "addopts=", "-W", "ignore", *arguments, __file__])
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -1,8 +1,6 @@
 """Weights on several devices, on the CPU and on disk: the numbers of an undivided model."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +10,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_dev
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from PIL import Image
 
-from tools import ROOT
+from tests.processes import run
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -84,16 +82,7 @@ def test_two_devices_give_the_numbers_of_one(tiny_checkpoint):
     if transformers.__version__.startswith("4."):
         pytest.skip("transformers 4.57 makes tensors by a call that torch lets no pretended device define")
     script = "import sys, tools; from tests.two_devices import main; main(sys.argv[1])"
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tiny_checkpoint)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(run.stdout.splitlines()[-1])
+    results = json.loads(run(sys.executable, "-c", script, tiny_checkpoint).splitlines()[-1])
     for name in ("a block cut", "a patch generator cut"):  # what _no_split_modules is for, and that mixing is seen
         assert "got tensors on" in results.pop(name)["error"]
     for name, result in results.items():

@@ -164,10 +164,10 @@ def test_a_pair_of_lists_is_compared_by_what_it_prints():
 
 
 def printed_value(page, name: str) -> str:
-    """What stands beside a name, below it, or above it when the name is in brackets."""
+    """What stands above a name in brackets, before one at the end of a line, after others, or below."""
     text = "\n".join(line for line in page.lines if line)
-    above = re.search(rf"^(.*)\n[^\w\s]{name}[^\w\s]$", text, re.MULTILINE)
-    return (above or re.search(rf"^{name}:?\s+(.*)$", text, re.MULTILINE))[1].strip()
+    ways = (rf"^(.*)\n[^\w\s]{name}[^\w\s]$", rf"^(.+) {name}$", rf"^ *{name}:?\s+(.*)$")
+    return next(filter(None, (re.search(way, text, re.MULTILINE) for way in ways)))[1].strip()
 
 
 def test_training_prompts_equal_the_chat_template(encoder):

@@ -25,7 +25,7 @@ def batch(processor):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Have the CPU treated as a device whose generations are compiled by default."""
-    monkeypatch.setattr(modeling_nemotron_vl, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(modeling_nemotron_vl, "runs_kernels", lambda device: device.type == "cpu")
 
 
 def caches_of(model, call) -> list[str]:
@@ -85,7 +85,7 @@ def test_other_threads_keep_the_dynamic_cache(model, batch, as_on_cuda):
 def test_static_cache_by_default_changes_no_token(model, batch, processor, as_on_cuda, monkeypatch):
     static = model.generate(**batch, **GREEDY)
     chat = model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
-    monkeypatch.setattr(modeling_nemotron_vl, "COMPILED_DEVICES", ())
+    monkeypatch.setattr(modeling_nemotron_vl, "runs_kernels", lambda device: False)
     assert torch.equal(static, model.generate(**batch, **GREEDY))
     assert chat == model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
 

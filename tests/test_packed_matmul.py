@@ -1,13 +1,5 @@
-"""The kernels for packed weights against the layer that unpacks: on a GPU, or in Triton's interpreter on a CPU.
+"""The kernels for packed weights against the layer that unpacks; where they run, see kernels.py."""
 
-In the interpreter (`pip install --no-deps triton`), in a process of its own, because Triton asks once, when imported:
-
-    TRITON_INTERPRET=1 python -m pytest -q tests/test_packed_matmul.py
-"""
-
-import importlib.util
-import os
-import subprocess
 import sys
 
 import pytest
@@ -17,22 +9,11 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear, TensorHeader
 from torch import nn
 
-from tools import ROOT
+from tests.kernels import DEVICE, INTERPRETED, needs_kernels
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_kernels = pytest.mark.skipif(
-    not (HAS_TRITON and (INTERPRETED or torch.cuda.is_available())),
-    reason="needs Triton (pip install --no-deps triton) and a GPU or TRITON_INTERPRET=1",
-)
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = pytest.mark.usefixtures("kernels_on_this_device")
 # Of the largest output: one rounding. The interpreter cuts off bits in a cast to bfloat16, GPUs round.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def kernels_on_this_device(monkeypatch):
-    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", (DEVICE,))
 
 
 def packed_layer(name: str, rows: int, columns: int) -> PackedLinear:
@@ -74,7 +55,7 @@ def test_kernel_equals_the_unpacked_layer(monkeypatch, name, rows, columns, dtyp
             assert packed_matmul.has_kernel(name, inputs, layer._parameters)
             output = layer(inputs)
             with monkeypatch.context() as patch:
-                patch.setattr(packed_matmul, "KERNEL_DEVICES", ())
+                patch.setattr(packed_matmul, "runs_kernels", lambda device: False)
                 expected = layer(inputs)
         assert output.dtype == expected.dtype == dtype and output.shape == expected.shape
         error = (output.float() - expected.float()).abs().max()
@@ -117,7 +98,7 @@ def test_generation_with_kernels_gives_the_tokens_without(golden_8b, monkeypatch
     )
     with_kernels = model.generate(ids, **options)
     assert calls
-    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(packed_matmul, "runs_kernels", lambda device: False)
     assert torch.equal(with_kernels, model.generate(ids, **options))
 
 
@@ -132,25 +113,11 @@ def test_a_compiled_layer_is_one_graph_with_the_same_numbers(name):
 
 
 def test_prompts_and_other_formats_are_unpacked(monkeypatch):
-    monkeypatch.setattr(packed_matmul, "triton", object())
+    monkeypatch.setattr(packed_matmul, "runs_kernels", lambda device: device.type == "cpu")
     row = torch.zeros(packed_matmul.MAX_ROWS, 16)
     assert packed_matmul.has_kernel("NVFP4", row, {})
     assert not packed_matmul.has_kernel("NVFP4", torch.zeros(packed_matmul.MAX_ROWS + 1, 16), {})
     assert not packed_matmul.has_kernel("NVFP4", torch.zeros(0, 16), {})
     assert not packed_matmul.has_kernel("W4A16_AWQ", row, {})
     assert not packed_matmul.has_kernel("NVFP4", row, {"pre_quant_scale": row})
-    monkeypatch.setattr(packed_matmul, "KERNEL_DEVICES", ("cuda",))
-    assert not packed_matmul.has_kernel("NVFP4", row, {}) and not packed_matmul.has_kernel("NVFP4", row.to("meta"), {})
-    monkeypatch.setattr(packed_matmul, "triton", None)
-    assert not packed_matmul.has_kernel("NVFP4", row, {})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs Triton (pip install --no-deps triton), once")
-def test_kernels_in_the_interpreter():
-    """Runs the tests above once more, where Triton's interpreter stands in for a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    assert not packed_matmul.has_kernel("NVFP4", row.to("meta"), {})

@@ -1,6 +1,7 @@
 """Quantised checkpoints: what is read, what it computes, what is refused, and what is written back."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -541,6 +542,12 @@ def test_gradient_checkpointing_and_autocast_run_on_packed_weights(quantised: di
     assert torch.isfinite(model.get_input_embeddings().weight.grad).all()
 
 
+def test_packed_layers_have_shapes_on_the_meta_device(quantised: dict):
+    """As tools that count memory or operations without any weights run a model."""
+    layer = load(quantised["fp8"]).get_submodule(Q_PROJ).to("meta")
+    assert layer(torch.empty(2, 3, layer.in_features, device="meta")).shape == (2, 3, layer.out_features)
+
+
 # --- what is refused ---
 
 
@@ -730,6 +737,18 @@ def test_awq_scaling_changes_nothing_but_the_error(tiny_checkpoint: Path, inputs
 def test_layers_that_do_not_divide_are_refused(tiny_checkpoint: Path):
     with pytest.raises(ValueError, match="multiples of 128 and 8.*--group-size"):
         quantize.quantize_model(load(tiny_checkpoint), "awq", group_size=128)
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_a_layer_of_zeros_stays_one(tiny_checkpoint: Path, name: str):
+    """As blocks have that were added and never trained; a scale of 0 would make NaN of them."""
+    model = load(tiny_checkpoint)
+    with torch.no_grad():
+        for projection in "qkv":  # the whole group, which shares a scale
+            model.get_submodule(f"{Q_PROJ[:-6]}{projection}_proj").weight.zero_()
+    report = quantize.quantize_model(model, name, group_size=GROUP_SIZE)
+    assert not model.get_submodule(Q_PROJ).dequantized_weight(torch.float32).any() and report.errors[Q_PROJ] == 0
+    assert all(math.isfinite(error) for error in report.errors.values())
 
 
 def test_calibration_statistics_hold_the_inputs_of_a_layer(tiny_checkpoint: Path, inputs: dict):

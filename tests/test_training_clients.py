@@ -8,8 +8,6 @@ What needs an optional package skips where it is absent. To run all of it, in an
 
 import copy
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +24,7 @@ from torch import nn
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from tests import two_processes
-from tools import ROOT
+from tests.processes import run
 from training.batches import IGNORE
 from training.conversations import Collator
 
@@ -66,6 +64,11 @@ def batch(processor) -> dict[str, torch.Tensor]:
 def arguments(folder: Path, kind: type = TrainingArguments, **options):
     defaults = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": []}
     return kind(output_dir=str(folder), disable_tqdm=True, save_strategy="no", **{**defaults, **options})
+
+
+def trl_arguments(folder: Path, kind: type, **options):
+    """Arguments of a trainer that loads the checkpoint from its path."""
+    return arguments(folder, kind, bf16=False, trust_remote_code=True, **options)
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,17 +144,9 @@ def test_trainer_trains_evaluates_and_saves(tiny_checkpoint, model, processor, b
 def test_two_processes_with_sharded_weights_train_like_one(tiny_checkpoint, processor, tmp_path):
     """accelerate's FSDP2 over gloo; see two_processes.py."""
     script = "import sys, tools; from tests.two_processes import main; main(*sys.argv[1:])"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     output = tmp_path / "trained.safetensors"
-    run = subprocess.run(
-        [*command, sys.executable, "-c", script, str(tiny_checkpoint), str(output)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run(*launcher, sys.executable, "-c", script, tiny_checkpoint, output)
     with safe_open(output, "pt") as file:
         found = file.metadata()
     weights = load_file(output)
@@ -215,21 +210,13 @@ def from_rows(collator: Collator):
 def test_sft_trainer_trains_on_the_answers(tiny_checkpoint, processor, tmp_path, kind):
     """From a path alone; at learning rate 0 its loss, from hidden states and chunks, is that of our forward."""
     trl = needs("trl")
-    only_answers = {"assistant_only_loss": True} if kind == "messages" else {}
+    options = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 0.0, "max_length": None}
+    if kind == "messages":
+        options["assistant_only_loss"] = True
     collator = from_rows(Collator(processor, max_length=2048)) if kind == "our collator" else None
     trainer = trl.SFTTrainer(
         model=str(tiny_checkpoint),
-        args=arguments(
-            tmp_path,
-            trl.SFTConfig,
-            max_steps=1,
-            per_device_train_batch_size=4,
-            learning_rate=0.0,
-            max_length=None,
-            bf16=False,
-            trust_remote_code=True,
-            **only_answers,
-        ),
+        args=trl_arguments(tmp_path, trl.SFTConfig, **options),
         train_dataset=dataset("completions" if kind == "completions" else "messages"),
         data_collator=collator,
     )
@@ -245,10 +232,9 @@ def test_sft_trainer_trains_on_the_answers(tiny_checkpoint, processor, tmp_path,
 @pytest.mark.slow
 def test_sft_trainer_refuses_to_cut_images(tiny_checkpoint, tmp_path):
     trl = needs("trl")
-    options = {"max_length": 20, "bf16": False, "trust_remote_code": True}
     trainer = trl.SFTTrainer(
         model=str(tiny_checkpoint),
-        args=arguments(tmp_path, trl.SFTConfig, **options),
+        args=trl_arguments(tmp_path, trl.SFTConfig, max_length=20),
         train_dataset=dataset("messages"),
     )
     with pytest.raises(ValueError, match="Truncation to 20 tokens would cut an image"):
@@ -259,10 +245,10 @@ def test_sft_trainer_refuses_to_cut_images(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("adapters", [False, True])
 def test_dpo_starts_at_log_2_and_learns(tiny_checkpoint, tmp_path, adapters):
     trl, peft = needs("trl"), needs("peft")
-    options = {"max_length": None, "bf16": False, "trust_remote_code": True, "logging_steps": 1}
+    options = {"max_length": None, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1}
     trainer = trl.DPOTrainer(
         model=str(tiny_checkpoint),
-        args=arguments(tmp_path, trl.DPOConfig, max_steps=6, learning_rate=1e-2, **options),
+        args=trl_arguments(tmp_path, trl.DPOConfig, **options),
         train_dataset=dataset("preferences"),
         peft_config=peft.LoraConfig(target_modules="all-linear") if adapters else None,
     )
@@ -278,7 +264,7 @@ def test_grpo_generates_scores_and_learns(tiny_checkpoint, processor, tmp_path, 
     plain = copy.deepcopy(processor)
     if beta:  # TRL passes everything the processor returns to a function that knows no num_patches
         plain.image_processor.model_input_names = ["pixel_values"]
-    options = {"bf16": False, "trust_remote_code": True, "logging_steps": 1, "per_device_train_batch_size": 4}
+    options = {"num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 4, "logging_steps": 1}
     said = []
 
     def reward(completions, **_):
@@ -287,15 +273,7 @@ def test_grpo_generates_scores_and_learns(tiny_checkpoint, processor, tmp_path, 
 
     trainer = trl.GRPOTrainer(
         model=str(tiny_checkpoint),
-        args=arguments(
-            tmp_path,
-            trl.GRPOConfig,
-            num_generations=2,
-            max_completion_length=6,
-            beta=beta,
-            learning_rate=1e-2,
-            **options,
-        ),
+        args=trl_arguments(tmp_path, trl.GRPOConfig, beta=beta, learning_rate=1e-2, **options),
         reward_funcs=reward,
         processing_class=plain,
         train_dataset=dataset("prompts"),

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from nemotron_vl.image_processing import select_tile_grid
+from nemotron_vl.image_processing import load_picture, select_tile_grid
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
@@ -38,6 +39,11 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
         source, where["subfolder"] = source.parent, source.name
     model = AutoModel.from_pretrained(source, **{"dtype": "auto", **options}, **where)
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Read a file as the processor reads it: upright by its EXIF tag, transparency on white."""
+    return Image.fromarray(np.asarray(load_picture(path)))
 
 
 def tile_grid(image_processor: Any, picture: Image.Image) -> tuple[int, int]:
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     model, processor = load(arguments.model)
-    pictures = [Image.open(path).convert("RGB") for path in arguments.pictures]
+    pictures = [open_picture(path) for path in arguments.pictures]
     for path, picture in zip(arguments.pictures, pictures, strict=True):
         print(f"{path}: {describe(processor, picture)}")
     if arguments.tiles and pictures:

@@ -34,7 +34,6 @@ from nemotron_vl.quantization_nemotron_vl import (
     TensorHeader,
     packed_linears,
 )
-from PIL import Image
 from torch import nn
 
 from .weights import model_class
@@ -78,15 +77,19 @@ def encode_nvfp4(weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict
         amax: largest magnitude of the layers that share a global scale; by default of this one.
     """
     amax = weight.abs().amax() if amax is None else amax
-    global_scale = amax.float() / (E2M1_MAX * E4M3_MAX)
+    global_scale = _one_if_zero(amax.float() / (E2M1_MAX * E4M3_MAX))
     blocks = weight.unflatten(-1, (-1, NVFP4_BLOCK))
-    block_scale = blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale)
-    block_scale[block_scale == 0] = 1.0
+    block_scale = _one_if_zero(blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale))
     block_scale = block_scale.clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn)
     scaled = (blocks / (block_scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
     codes = encode_e2m1(scaled)
     packed = codes[..., 1::2] << 4 | codes[..., 0::2]
     return {"weight": packed, "weight_scale": block_scale, "weight_scale_2": global_scale}
+
+
+def _one_if_zero(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of nothing but zeros may be anything but zero, which would divide them into NaN."""
+    return scale.masked_fill(scale == 0, 1.0)
 
 
 def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
@@ -100,7 +103,7 @@ def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
 
 def encode_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Encode as modelopt does: divided in the dtype of the weight by a 0-dimensional float32 scale."""
-    scale = weight.abs().amax().float() / E4M3_MAX
+    scale = _one_if_zero(weight.abs().amax().float() / E4M3_MAX)
     return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
@@ -214,8 +217,7 @@ def picture_batches(
 ) -> Iterable[dict[str, torch.Tensor]]:
     """One batch of model inputs per picture."""
     for file in files:
-        with Image.open(file) as image:
-            content = [{"type": "image", "image": image.convert("RGB")}, {"type": "text", "text": prompt}]
+        content = [{"type": "image", "image": file}, {"type": "text", "text": prompt}]
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -340,7 +342,7 @@ def quantize_model(
                 packed = make_packed_linear(layer, FORMAT_NAMES[format_name], tensors)
                 original = layer.weight.float()
                 difference = packed.dequantized_weight(torch.float32) - original
-                report.errors[f"{block_name}.{name}"] = float(difference.norm() / original.norm())
+                report.errors[f"{block_name}.{name}"] = float(difference.norm() / _one_if_zero(original.norm()))
                 parent, _, attribute = name.rpartition(".")
                 setattr(block.get_submodule(parent), attribute, packed)
     kept = [f"*.{name}" for name in sorted(keep)]

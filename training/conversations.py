@@ -15,9 +15,10 @@ from nemotron_vl.processing_nemotron_vl import flatten_content
 from PIL import Image
 from torch.utils.data import Dataset
 
-from training.batches import IGNORE, lesson
+from training.batches import IGNORE
 from training.documents import COLUMNS
 from training.drawing import draw, random_style
+from training.lessons import lesson
 from training.questions import Conversation
 
 Message = dict[str, Any]

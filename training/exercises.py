@@ -54,7 +54,7 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
 
 
 def _look_up(rng: random.Random, num_lines: int) -> Conversation:
-    """Names with values beside, below or above them; questions for some, and for names that are not there."""
+    """Names with values after, before, below or above them; questions for some, and for names that are not there."""
     names = _names(rng, rng.randint(2, num_lines) + 1)
     page, known = _list(rng, names[:-1], num_lines)
     asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
@@ -132,21 +132,23 @@ def _list(
 ) -> tuple[Document, dict[str, str]]:
     """Print names with values, those `given` or random ones, and return what found room."""
     pieces = (alphabet,) if alphabet else (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
-    form = rng.choice(("right", "left", "colon", "below", "above"))
+    form = rng.choice(("right", "left", "colon", "below", "above", "before"))
+    indent = " " * rng.choice((0, 0, 0, 1, 2))
     opening, closing = rng.choice(BRACKETS)
     known: dict[str, str] = {}
     lines: list[str] = []
     for name in names:
-        longest = COLUMNS - 1 if form in ("below", "above") else COLUMNS - len(name) - 2
+        longest = COLUMNS - 1 if form in ("below", "above") else COLUMNS - len(name) - 4
         value = (given or {}).get(name, "")
         if not 0 < len(value) <= longest:
             value = _value(rng, rng.choice(pieces), longest)
         printed = {
             "right": [name + value.rjust(COLUMNS - len(name))],
-            "left": [f"{name} {value}"],
+            "left": [f"{indent}{name} {value}"],
             "colon": [f"{name}: {value}"],
             "below": [name, value],
             "above": [value, f"{opening}{name}{closing}"],
+            "before": [f"{indent}{value} {name}"],
         }[form]
         if len(lines) + len(printed) > num_lines:
             break

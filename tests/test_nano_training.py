@@ -1,0 +1,145 @@
+"""The three stages of nano's training: they run, go on where they stopped, and write what they learned."""
+
+import functools
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed, nn
+from torch.multiprocessing import spawn
+
+from training import distil, joint, perfect_cells
+from training.drawing import require_fonts
+from training.nano import load_tokenizer
+from training.runs import Score, average, learn, load_weights, prepare_torch
+
+SMALL = ["--batch-size", "2", "--threads", "1"]
+
+
+def run(stage, *arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [stage.__name__, *map(str, arguments)])
+    stage.main()
+
+
+def state(output: Path) -> dict:
+    return json.loads((output / "state.json").read_text())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Exams of a few pages instead of sixty, and the number of threads and the handling of denormals given back."""
+    num_threads = torch.get_num_threads()
+    monkeypatch.setattr(joint, "measure", functools.partial(joint.measure, num_batches=1))
+    monkeypatch.setattr(distil, "measure", functools.partial(distil.measure, num_pages=2))
+    yield monkeypatch
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def fonts():
+    try:
+        require_fonts()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_answers_are_counted_token_by_token_and_as_a_whole():
+    end, labels = 9, torch.tensor([1, 2, 9, 3, 9])
+    score = Score(end)
+    score.add(nn.functional.one_hot(torch.tensor([1, 7, 9, 3, 9]), 10).float(), labels)
+    assert score.shares == {"tokens": 0.8, "answers": 0.5}
+
+
+def test_one_process_averages_nothing():
+    tensor = torch.tensor([1.0, 2.0])
+    average([tensor])
+    assert tensor.tolist() == [1.0, 2.0]
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    save_file({"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"other\.weight"):
+        load_weights(nn.Linear(1, 1), tmp_path / "model.safetensors")
+
+
+def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
+    """One of two processes: learn from one half of the batch and save."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    prepare_torch(1)
+    save_file(two_layers_after(steps, half=rank), folder / f"{rank}.safetensors")
+    distributed.destroy_process_group()
+
+
+def two_layers_after(steps: int, half: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights after learning; the second layer gets no gradient from the first half of the batch."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(2, 2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    inputs = torch.randn(4, 3)
+    for _ in range(steps):
+        halves = [model[0](inputs[:2]).square().mean(), model[1](model[0](inputs[2:])).square().mean()]
+        learn(model, sum(halves) / 2 if half is None else halves[half], [optimizer])
+    return model.state_dict()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    spawn(learn_a_half, (tmp_path, port), nprocs=2)
+    alone = two_layers_after(3)
+    for rank in range(2):
+        torch.testing.assert_close(load_file(tmp_path / f"{rank}.safetensors"), alone)
+
+
+@pytest.mark.slow
+def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
+    command = ["--output", tmp_path, *SMALL, "--exercises", 0.5, "--look-ups", 0.5, "--skip-blank-rows"]
+    run(perfect_cells, *command, "--minutes", 0.02, monkeypatch=quick)
+    before = state(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    run(perfect_cells, *command, "--minutes", before["minutes"] + 0.02, "--freeze-cells", monkeypatch=quick)
+    after = load_file(tmp_path / "model.safetensors")
+    assert state(tmp_path)["step"] > before["step"] > 0
+    assert weights.keys() == after.keys()
+    frozen = {name for name in after if torch.equal(weights[name], after[name])}
+    assert frozen == {name for name in after if name.startswith("cells.") or "embed_tokens" in name}
+    exam = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert exam["held out"] and 0 <= exam["answers"] <= exam["tokens"] <= 1
+
+
+@pytest.mark.slow
+def test_nano_goes_on_learning_and_is_written(tmp_path, quick, fonts):
+    from tools import ROOT
+
+    quick.setattr(joint, "HEADS_FILE", tmp_path / "heads.safetensors")
+    (tmp_path / "heads.safetensors").write_bytes((ROOT / "training" / "heads.safetensors").read_bytes())
+    command = ["--output", tmp_path / "run", *SMALL, "--cells", 0.5, "--noise", 0.1, "--freeze-eyes"]
+    run(joint, *command, "--start-from", ROOT / "nano", "--minutes", 0.05, "--long", 0, monkeypatch=quick)
+    first_exam = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first_exam["step"] == 0
+    assert first_exam["tokens"] > 0.8  # it began with what nano knows
+    run(joint, *command, "--export", tmp_path / "nano", monkeypatch=quick)
+    before = load_file(ROOT / "nano" / "model.safetensors")
+    after = load_file(tmp_path / "nano" / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("language_model.") for name in moved)
+    assert len(load_tokenizer()) == after["language_model.model.embed_tokens.weight"].shape[0]
+
+
+@pytest.mark.slow
+def test_eyes_learn_what_the_language_model_wants_to_see(tmp_path, quick, fonts):
+    run(perfect_cells, "--output", tmp_path / "cells", *SMALL, "--minutes", 0.01, monkeypatch=quick)
+    command = ["--output", tmp_path / "eyes", *SMALL, "--language", tmp_path / "cells"]
+    run(distil, *command, "--minutes", 0.02, monkeypatch=quick)
+    exam = [json.loads(line) for line in (tmp_path / "eyes" / "log.jsonl").read_text().splitlines()][-1]
+    assert exam["held out"] and 0 <= exam["glyphs"] <= 1
