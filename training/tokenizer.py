@@ -69,7 +69,8 @@ def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 5.x writes the name of its own backend
-    config.pop("extra_special_tokens", None)
+    for name in ("extra_special_tokens", "is_local", "local_files_only"):  # the last two say where it was made
+        config.pop(name, None)
     config["additional_special_tokens"] = list(SPECIAL_TOKENS[7:])
     config.pop("chat_template", None)  # it is chat_template.jinja
     path.write_text(json.dumps(config, indent=2) + "\n")
