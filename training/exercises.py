@@ -32,13 +32,13 @@ def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float
     Args:
         seed: any integer.
         num_lines: at most so many printed lines on a page, three or more.
-        share_of_look_ups: how many of the exercises are lists of names and values, tables, or pairs of lists, with
-            questions; the others are to be read out.
+        share_of_look_ups: how many of the exercises are lists of names and values, tables, pairs of lists, or two
+            values in words, with questions; the others are to be read out.
     """
     rng = random.Random(f"exercise {seed}")
     if rng.random() >= share_of_look_ups:
         return _copy(rng, num_lines)
-    return rng.choices((_look_up, _look_up_cell, _look_up_in_pair), (5, 3, 2))[0](rng, num_lines)
+    return rng.choices((_look_up, _look_up_cell, _look_up_in_pair, _compare_in_words), (5, 3, 2, 2))[0](rng, num_lines)
 
 
 def _copy(rng: random.Random, num_lines: int) -> Conversation:
@@ -107,12 +107,30 @@ def _look_up_in_pair(rng: random.Random, num_lines: int) -> Conversation:
     return Conversation([first, second], turns)
 
 
+def _compare_in_words(rng: random.Random, num_lines: int) -> Conversation:
+    """Comparisons without pages: the questions give both values, which leaves the comparing to learn."""
+    turns = []
+    for name in _names(rng, rng.randint(4, 10)):
+        alphabet = rng.choice((AMOUNTS, string.digits + ".", string.ascii_lowercase, ALPHABET))
+        first = _value(rng, alphabet, COLUMNS)
+        second = first if rng.random() < 0.4 else _value(rng, alphabet, COLUMNS)
+        turn = _comparison(rng, name, first, second, with_amounts=alphabet == AMOUNTS)
+        pages = " ".join(
+            f"The {name} of the {number} page is {value}." for number, value in (("first", first), ("second", second))
+        )
+        turns.append(Turn("compare", f"{pages} {turn.question}", turn.answer))
+    return Conversation([], turns)
+
+
 def _comparison(rng: random.Random, name: str, first: str, second: str, with_amounts: bool) -> Turn:
-    """Which value is higher, where they are amounts and differ; or whether both are the same."""
-    kind, verdict = "same", "Yes." if first == second else "No."
-    if with_amounts and float(first) != float(second) and rng.random() < 0.7:
-        kind, verdict = "higher", PAGE_VERDICTS[float(second) > float(first)]
-    return Turn("compare", rng.choice(COMPARE_PHRASINGS[kind][:-1]).format(name), comparison(first, second, verdict))
+    """Which amount is higher, which page a value is from, or whether both values are the same."""
+    kind, asked, verdict = "same", name, "Yes." if first == second else "No."
+    if first != second and rng.random() < 0.6:
+        index = rng.randrange(2)
+        kind, asked, verdict = "which", (first, second)[index], PAGE_VERDICTS[index]
+        if with_amounts and float(first) != float(second):
+            kind, asked, verdict = "higher", name, PAGE_VERDICTS[float(second) > float(first)]
+    return Turn("compare", rng.choice(COMPARE_PHRASINGS[kind][:-1]).format(asked), comparison(first, second, verdict))
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
