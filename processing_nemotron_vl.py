@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import (
     DocstringParsingException,
@@ -819,16 +820,18 @@ class NemotronVLProcessor(ProcessorMixin):
         padding_side = padding_side or self.tokenizer.padding_side
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}.")
-        limit = (max_length or self.tokenizer.model_max_length) if truncation else None
-        for ids, _ in prompts:
-            if limit is not None and not set(self.image_token_ids).isdisjoint(ids[limit:]):
+        is_limited = truncation and truncation != TruncationStrategy.DO_NOT_TRUNCATE
+        limit = (max_length or self.tokenizer.model_max_length) if is_limited else None
+        kept = [_kept_tokens(len(ids), limit, self.tokenizer.truncation_side) for ids, _ in prompts]
+        for (ids, _), part in zip(prompts, kept, strict=True):
+            if not set(self.image_token_ids).isdisjoint(ids[: part.start] + ids[part.stop :]):
                 raise ValueError(
                     f"Truncation to {limit} tokens would cut an image out of a prompt of {len(ids)} tokens. Use fewer "
                     "images, a smaller max_num_tiles, or a larger max_length."
                 )
         encoded = pad_without_fast_tokenizer_warning(
             self.tokenizer,
-            {"input_ids": [ids[:limit] for ids, _ in prompts]},
+            {"input_ids": [ids[part] for (ids, _), part in zip(prompts, kept, strict=True)]},
             padding=padding,
             max_length=max_length,
             padding_side=padding_side,
@@ -840,10 +843,10 @@ class NemotronVLProcessor(ProcessorMixin):
             of_images = set(self.image_token_ids)
             data["mm_token_type_ids"] = [[int(i in of_images) for i in ids] for ids in data["input_ids"]]
         starts = []
-        for (_, prompt_starts), padded in zip(prompts, data["input_ids"], strict=True):
-            kept = (prompt_starts or [])[:limit]
-            padding_starts = [-1] * (len(padded) - len(kept))  # in no span
-            starts.append(padding_starts + kept if padding_side == "left" else kept + padding_starts)
+        for (_, prompt_starts), part, padded in zip(prompts, kept, data["input_ids"], strict=True):
+            kept_starts = (prompt_starts or [])[part]
+            padding_starts = [-1] * (len(padded) - len(kept_starts))  # in no span
+            starts.append(padding_starts + kept_starts if padding_side == "left" else kept_starts + padding_starts)
         return data, starts
 
     def apply_chat_template(
@@ -999,6 +1002,13 @@ class NemotronVLV2Processor(NemotronVLProcessor):
     def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
         """Part what the model wrote into `(reasoning, answer)`; see the function of this name."""
         return split_reasoning(text, thinking)
+
+
+def _kept_tokens(length: int, limit: int | None, side: str) -> slice:
+    """The part of a prompt that stays when it is cut to `limit` tokens on a side, "left" or "right"."""
+    if limit is None or length <= limit:
+        return slice(0, length)
+    return slice(length - limit, length) if side == "left" else slice(0, limit)
 
 
 def spell_for_every_version(tokenizer_config: Path) -> None:

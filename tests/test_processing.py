@@ -224,6 +224,16 @@ def test_truncation_never_cuts_an_image(processor):
     processor(text="<image>abc", images=SMALL, truncation=True, max_length=whole)
 
 
+def test_truncation_cuts_where_the_tokenizer_says(processor, monkeypatch):
+    whole = processor(text="abcdef")["input_ids"][0]
+    assert processor(text="abcdef", truncation="do_not_truncate", max_length=3)["input_ids"][0] == whole
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", "left")
+    assert processor(text="abcdef", truncation=True, max_length=3)["input_ids"][0] == whole[-3:]
+    with pytest.raises(ValueError, match="cut an image"):
+        processor(text="<image>abc", images=SMALL, truncation=True, max_length=3)
+    assert len(processor(text=["ab", "abcdef"], truncation=True, max_length=3)["input_ids"][1]) == 3
+
+
 def test_padding_goes_to_the_side_of_the_tokenizer_or_the_call(tiny_checkpoint):
     processor = NemotronVLProcessor.from_pretrained(tiny_checkpoint)
     texts = ["a", "abc"]
