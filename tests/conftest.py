@@ -86,9 +86,9 @@ def inputs(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def kernels_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have Triton's kernels serve where their tests run, which may be a CPU; see tests/kernels.py."""
+    """Have Triton's kernels serve where their tests run, which may be a CPU; see tests/kernel_runs.py."""
     from nemotron_vl import triton_kernels
 
-    from tests.kernels import DEVICE
+    from tests.kernel_runs import DEVICE
 
     monkeypatch.setattr(triton_kernels, "KERNEL_DEVICES", (DEVICE,))

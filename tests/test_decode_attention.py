@@ -8,7 +8,7 @@ from nemotron_vl import decode_attention
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tests.kernels import DEVICE, INTERPRETED, needs_kernels
+from tests.kernel_runs import DEVICE, INTERPRETED, needs_kernels
 from tools.tiny_checkpoint import make_config, make_tokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # of values around 1

@@ -9,7 +9,7 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear, TensorHeader
 from torch import nn
 
-from tests.kernels import DEVICE, INTERPRETED, needs_kernels
+from tests.kernel_runs import DEVICE, INTERPRETED, needs_kernels
 
 pytestmark = pytest.mark.usefixtures("kernels_on_this_device")
 # Of the largest output: one rounding. The interpreter cuts off bits in a cast to bfloat16, GPUs round.

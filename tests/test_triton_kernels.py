@@ -7,7 +7,7 @@ import pytest
 import torch
 from nemotron_vl import decode_attention, packed_matmul, triton_kernels
 
-from tests.kernels import DEVICE, needs_compiler, needs_kernels
+from tests.kernel_runs import DEVICE, needs_compiler, needs_kernels
 from tests.processes import run
 
 
