@@ -1,4 +1,4 @@
-"""Decode attention against transformers' sdpa; where the kernel runs, see kernels.py."""
+"""Decode attention against transformers' sdpa; where the kernel runs, see kernel_runs.py."""
 
 from types import SimpleNamespace
 

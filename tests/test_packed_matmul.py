@@ -1,4 +1,4 @@
-"""The kernels for packed weights against the layer that unpacks; where they run, see kernels.py."""
+"""The kernels for packed weights against the layer that unpacks; where they run, see kernel_runs.py."""
 
 import sys
 
