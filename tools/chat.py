@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nemotron_vl.image_processing import load_picture, select_tile_grid
 from PIL import Image, ImageDraw
@@ -43,7 +42,7 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
 
 def open_picture(path: Path) -> Image.Image:
     """Read a file as the processor reads it: upright by its EXIF tag, transparency on white."""
-    return Image.fromarray(np.asarray(load_picture(path)))
+    return load_picture(path)
 
 
 def tile_grid(image_processor: Any, picture: Image.Image) -> tuple[int, int]:
