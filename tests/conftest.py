@@ -1,7 +1,6 @@
 """Make the flat root importable (see `tools`), keep transformers offline, and lend the tests a tiny checkpoint."""
 
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,11 +10,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import tools  # noqa: E402, F401  (registers the root as the package `nemotron_vl`)
+from tools import ROOT  # noqa: E402
 
 GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden"))
 
