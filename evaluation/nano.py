@@ -34,6 +34,7 @@ TASKS += ("transcription", "html", "compare", "compare", "text")
 # Asked after the documents of the tasks above, whose seeds and numbers stay what they are.
 FURTHER_TASKS = ("follow-up", "long")
 MAX_NEW_TOKENS = {"transcription": 320, "html": 400}
+MAX_NEW_TOKENS_OF_OTHERS = 48  # the longest comparison of two suppliers takes 43
 
 
 @dataclass
@@ -129,7 +130,7 @@ def answer(model, processor, questions: list[Question]) -> list[str]:
     flat = [picture for group in pictures for picture in group]
     pixels = processor.image_processor(flat, return_tensors="pt") if flat else {}
     placeholders = ["<image>\n" * len(group) for group in pictures]
-    longest = max(MAX_NEW_TOKENS.get(question.turn.task, 40) for question in questions)
+    longest = max(MAX_NEW_TOKENS.get(question.turn.task, MAX_NEW_TOKENS_OF_OTHERS) for question in questions)
     turns = zip(*([*question.earlier, question.turn.question] for question in questions), strict=True)
     history, answers = None, []
     for texts in turns:
