@@ -9,6 +9,7 @@ language model which has never seen a picture reads pictures.
 """
 
 import random
+import string
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from training.batches import Encoder
-from training.documents import KINDS, LONG_KINDS, Document, document
+from training.documents import COLUMNS, KINDS, LONG_KINDS, Document, document
 from training.drawing import draw, random_style, require_fonts
+from training.exercises import ALPHABET
 from training.nano import build_model, load_tokenizer, tiles_of
 from training.perfect_cells import Reader
 from training.runs import Run, build_optimizers, learn, load_weights, prepare_torch, run_parser, set_progress
 
 BLANK_WEIGHT = 0.1  # most cells are blank
+LOOK_ALIKES = "lI1|i!O0oQD5S8B3.,:;-'4A" * 4
 
 
 class Eye(nn.Module):
@@ -59,12 +62,13 @@ def draw_pages(pages: list[Document], seeds: list[int], split: str = "train", tr
 
 
 def random_page(seed: int, split: str = "train") -> Document:
-    """A document in which every character is likely enough: in half of them the letters are scrambled."""
+    """A document, or a page full of random characters, of which those that look alike come more often."""
     rng = random.Random(f"page {split} {seed}")
     page = document(seed, split, rng.choice(LONG_KINDS if rng.random() < 0.3 else tuple(KINDS)))
     if rng.random() < 0.5:
-        page.lines = ["".join(chr(rng.randint(33, 126)) if c != " " else c for c in line) for line in page.lines]
-        page.lines = [line.replace("~", rng.choice("$\u20ac\u00a3")) for line in page.lines]
+        characters = rng.choice((ALPHABET, ALPHABET + LOOK_ALIKES, string.ascii_letters + string.digits + ".,-"))
+        page.lines = ["".join(rng.choices(characters + " " * 12, k=COLUMNS)) for _ in page.lines]
+        page.rules, page.bars, page.points = [], [], []
     return page
 
 
@@ -82,7 +86,8 @@ def measure(eye: Eye, encoder: Encoder, num_pages: int = 16) -> dict[str, float]
 
 def main() -> None:
     parser = run_parser(__doc__, minutes=30, batch_size=6, muon_lr=0.02, adamw_lr=1e-3)
-    parser.add_argument("--language", type=Path, help="run of training.perfect_cells to imitate")
+    parser.add_argument("--language", type=Path, help="run of training.perfect_cells or joint to imitate")
+    parser.add_argument("--start-from", type=Path, help="run of training.distil or joint whose eyes to begin with")
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     require_fonts()
@@ -93,9 +98,10 @@ def main() -> None:
     teacher = None
     if arguments.language:
         teacher = Reader(len(tokenizer)).requires_grad_(False)
-        load_weights(teacher, arguments.language / "model.safetensors")
+        load_weights(teacher, arguments.language / "model.safetensors", "reader.")
     run = Run(arguments.output, arguments.minutes)
-    run.resume(eye)
+    if not run.resume(eye) and arguments.start_from:
+        load_weights(eye, arguments.start_from / "model.safetensors", "eye.")
     optimizers = build_optimizers(eye, arguments)
 
     while run.progress < 1:
@@ -103,7 +109,7 @@ def main() -> None:
         first = run.first_seed(arguments)
         seeds = list(range(first, first + arguments.batch_size))
         pages = [random_page(seed) for seed in seeds]
-        trouble = min(1.0, run.state["step"] / 400)
+        trouble = 1.0 if arguments.start_from else min(1.0, run.state["step"] / 400)
         cells = torch.tensor([encoder.cells(page) for page in pages])
         tokens, logits = eye(draw_pages(pages, seeds, trouble=trouble))
         loss = glyph_loss(logits, cells[..., 0], encoder.glyphs[" "])

@@ -193,12 +193,15 @@ def unique_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load what `unique_weights` wrote.
+def load_weights(model: nn.Module, path: Path, part: str = "") -> None:
+    """Load what `unique_weights` wrote of this model, or of a larger one that has it as its `part` ("reader.", "eye.").
 
     Raises:
         ValueError: if a weight has no place in the model.
     """
-    unexpected = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    weights = load_file(path)
+    if part and any(name.startswith(part) for name in weights):
+        weights = {name.removeprefix(part): weight for name, weight in weights.items() if name.startswith(part)}
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"{path} holds weights this model lacks: {', '.join(unexpected[:5])}.")
