@@ -1,5 +1,6 @@
 """The three stages of nano's training: they run, go on where they stopped, and write what they learned."""
 
+import argparse
 import functools
 import json
 import os
@@ -9,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.multiprocessing import spawn
 
 from training import distil, joint, perfect_cells
+from training.batches import Encoder
+from training.curve import draw_curve, read_log
 from training.drawing import require_fonts
+from training.lessons import draw_judgements
 from training.nano import load_tokenizer
+from training.questions import verdict_of
 from training.runs import Score, average, learn, load_weights, prepare_torch
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
@@ -68,6 +74,27 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_weights(nn.Linear(1, 1), tmp_path / "model.safetensors")
 
 
+def test_a_part_of_a_larger_model_can_be_loaded(tmp_path):
+    both = nn.ModuleDict({"eye": nn.Linear(1, 1), "reader": nn.Linear(1, 1)})
+    save_file(both.state_dict(), tmp_path / "model.safetensors")
+    alone = nn.Linear(1, 1)
+    load_weights(alone, tmp_path / "model.safetensors", "eye.")
+    assert torch.equal(alone.weight, both["eye"].weight)
+    with pytest.raises(ValueError, match=r"reader\.weight"):
+        load_weights(alone, tmp_path / "model.safetensors")
+
+
+def test_judgements_cost_little_and_end_in_verdicts():
+    arguments = argparse.Namespace(judgements=12)
+    batches = [draw_judgements(step, arguments) for step in range(30)]
+    assert {len(batch) for batch in batches} == {12, 6, 2}
+    for batch in batches:
+        for turn in (turn for conversation in batch for turn in conversation.turns):
+            assert turn.answer == f"{turn.given} {verdict_of(turn.answer)}"
+        assert len({bool(conversation.documents) for conversation in batch}) == 1
+    assert batches[0] == draw_judgements(0, arguments) != draw_judgements(1, arguments)
+
+
 def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
     """One of two processes: learn from one half of the batch and save."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -102,6 +129,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
     command = ["--output", tmp_path, *SMALL, "--exercises", 0.5, "--look-ups", 0.5, "--skip-blank-rows"]
+    command += ["--judgements", 6]
     run(perfect_cells, *command, "--minutes", 0.02, monkeypatch=quick)
     before = state(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -110,7 +138,12 @@ def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
     assert state(tmp_path)["step"] > before["step"] > 0
     assert weights.keys() == after.keys()
     frozen = {name for name in after if torch.equal(weights[name], after[name])}
-    assert frozen == {name for name in after if name.startswith("cells.") or "embed_tokens" in name}
+    assert frozen == {name for name in after if name.startswith("cells.")}
+    embedding = next(name for name in after if "embed_tokens" in name)
+    moved = (weights[embedding] != after[embedding]).any(1)
+    glyphs = list(Encoder(load_tokenizer()).glyphs.values())
+    assert not moved[glyphs].any()
+    assert moved[load_tokenizer().convert_tokens_to_ids("<|eot_id|>")]
     exam = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
     assert exam["held out"] and 0 <= exam["answers"] <= exam["tokens"] <= 1
 
@@ -143,3 +176,20 @@ def test_eyes_learn_what_the_language_model_wants_to_see(tmp_path, quick, fonts)
     run(distil, *command, "--minutes", 0.02, monkeypatch=quick)
     exam = [json.loads(line) for line in (tmp_path / "eyes" / "log.jsonl").read_text().splitlines()][-1]
     assert exam["held out"] and 0 <= exam["glyphs"] <= 1
+    command += ["--output", tmp_path / "more", "--start-from", tmp_path / "eyes"]
+    quick.setattr(distil, "learn", lambda model, loss, optimizers: None)  # what it begins with is what it saves
+    run(distil, *command, "--minutes", 0.01, monkeypatch=quick)
+    eyes, more = (load_file(tmp_path / name / "model.safetensors") for name in ("eyes", "more"))
+    assert eyes.keys() == more.keys() and all(torch.equal(eyes[name], more[name]) for name in eyes)
+
+
+def test_the_curve_of_several_runs_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("1-first", "2-second"):
+        entries = [{"step": 20, "minutes": 1.5, "loss": 2.0, "tokens": 0.3}]
+        entries += [{"step": 20, "held out": True, "tokens": 0.4, "answers": 0.1}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert [entry["minutes"] for entry in read_log(tmp_path / "1-first.jsonl")] == [1.5, 1.5]
+    draw_curve(sorted(tmp_path.glob("*.jsonl")), tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.width > 500

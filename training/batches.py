@@ -76,9 +76,10 @@ class Encoder:
         labels: list[int] = []
         for index, turn in enumerate(conversation.turns[:num_turns]):
             question = self._question(conversation, index)
-            answer = [*self.encode(turn.answer), *self.end]
-            ids += question + answer
-            labels += [IGNORE] * len(question) + answer
+            given = self.encode(turn.given)
+            answer = [*self.encode(turn.answer.removeprefix(turn.given)), *self.end]
+            ids += question + given + answer
+            labels += [IGNORE] * (len(question) + len(given)) + answer
         return ids, labels
 
     def rows(self, page: Document) -> list[int]:

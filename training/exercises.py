@@ -3,7 +3,7 @@
 import random
 import string
 
-from training.documents import COLUMNS, ROWS_PER_PAGE, Document
+from training.documents import COLUMNS, CURRENCIES, ROWS_PER_PAGE, Document
 from training.questions import (
     ABSENT,
     CELL_PHRASINGS,
@@ -11,19 +11,28 @@ from training.questions import (
     FIELD_PHRASINGS,
     HTML_PHRASINGS,
     PAGE_PHRASING,
-    PAGE_VERDICTS,
     PRICE_PHRASINGS,
+    SYNONYMS,
     TRANSCRIBE_PHRASINGS,
     VALUE_PHRASINGS,
     Conversation,
     Turn,
+    amount_of,
     comparison,
+    extreme,
     table_as_html,
+    verdict_of,
 )
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-BRACKETS = ("[]", "<>", "{}", "--")  # around names below their values; documents have round ones
+BRACKETS = ("[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
+FORMS = ("right", "left", "colon", "below", "above", "above", "before")  # where the value stands
+PRINTED_AS = {  # names of fields, and what documents print for them
+    "name": "Name", "city": "City", "address": "Address", "phone number": "Phone", "date of birth": "Born",
+    "customer number": "Customer", "employer": "Employer", "country": "Country", "total": "Total", "tax": "Tax",
+    "date": "Date", "due date": "Due", "receipt number": "Receipt", "subtotal": "Subtotal", "payment": "Payment",
+}  # fmt: skip
 
 
 def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float = 0.0) -> Conversation:
@@ -32,13 +41,41 @@ def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float
     Args:
         seed: any integer.
         num_lines: at most so many printed lines on a page, three or more.
-        share_of_look_ups: how many of the exercises are lists of names and values, tables, pairs of lists, or two
-            values in words, with questions; the others are to be read out.
+        share_of_look_ups: how many of the exercises are lists of names and values, tables, or pairs of lists, with
+            questions; the others are to be read out.
     """
     rng = random.Random(f"exercise {seed}")
     if rng.random() >= share_of_look_ups:
         return _copy(rng, num_lines)
-    return rng.choices((_look_up, _look_up_cell, _look_up_in_pair, _compare_in_words), (5, 3, 2, 2))[0](rng, num_lines)
+    drills = (_look_up, _look_up_cell, _look_up_in_pair, _look_up_extreme)
+    return rng.choices(drills, (5, 4, 4, 2))[0](rng, num_lines)
+
+
+def judgement(seed: int, num_lines: int = 0) -> Conversation:
+    """A comparison of two values that are given; the verdict on them is to be learned.
+
+    Args:
+        seed: any integer.
+        num_lines: at most so many lines on each of two pages that print the values; 0 for no pages.
+    """
+    rng = random.Random(f"judgement {seed}")
+    if num_lines:
+        conversation = _look_up_in_pair(rng, num_lines)
+        conversation.turns = [turn for turn in conversation.turns if turn.task == "compare"][:1]
+        return give_values(conversation)
+    alphabet = rng.choice((AMOUNTS, AMOUNTS, string.digits + ".-/", string.ascii_lowercase, ALPHABET))
+    longest = rng.choice((3, 3, 4, 6, 9, COLUMNS))  # comparing is learned on short ones
+    first = _value(rng, alphabet, longest)
+    second = _other_value(rng, first, alphabet, longest)
+    name = rng.choice((*SYNONYMS["total"], *SYNONYMS["supplier"], *SYNONYMS["date"]))
+    return give_values(Conversation([], [_comparison(rng, name, first, second, with_amounts=alphabet == AMOUNTS)]))
+
+
+def give_values(conversation: Conversation) -> Conversation:
+    """Take the loss from the values in the answers to comparisons, so that only the verdicts have it."""
+    for turn in conversation.turns:
+        turn.given = turn.answer.removesuffix(f" {verdict_of(turn.answer)}")
+    return conversation
 
 
 def _copy(rng: random.Random, num_lines: int) -> Conversation:
@@ -55,8 +92,12 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
 
 def _look_up(rng: random.Random, num_lines: int) -> Conversation:
     """Names with values after, before, below or above them; questions for some, and for names that are not there."""
-    names = _names(rng, rng.randint(2, num_lines) + 1)
-    page, known = _list(rng, names[:-1], num_lines)
+    printed_as = {name: name for name in _names(rng, num_lines + 1)}
+    if rng.random() < 0.4:
+        spelling = rng.choice((str, str.upper, str.lower))
+        printed_as = {name: spelling(label) for name, label in PRINTED_AS.items()}
+    names = rng.sample(list(printed_as), rng.randint(2, min(num_lines, len(printed_as) - 1)) + 1)
+    page, known = _list(rng, {name: printed_as[name] for name in names[:-1]}, num_lines)
     asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
     rng.shuffle(asked)
     phrasings = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
@@ -64,109 +105,146 @@ def _look_up(rng: random.Random, num_lines: int) -> Conversation:
     return Conversation([page], turns)
 
 
-def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
-    """A table of random names, in the first or in the last column, and numbers; questions for cells, or all as HTML."""
-    names = _names(rng, rng.randint(2, num_lines - 1) + 1)
-    columns = [name[:3] for name in _names(rng, rng.randint(1, 2))]
-    rows = {name: [str(rng.randint(0, 999)) for _ in columns] for name in names[:-1]}
-    table = [[rng.choice(("Item", "Name", "Part")), *columns], *([name, *row] for name, row in rows.items())]
-    align = rng.choice((str.rjust, str.ljust))
-    width = 4 if len(columns) == 2 else rng.choice((4, 6, 8))
-    if rng.random() < 0.4:
-        table = [[*row[1:], row[0]] for row in table]
-        lines = ["".join(align(cell, width) for cell in row[:-1]) + " " + row[-1] for row in table]
-    else:
-        lines = [row[0].ljust(8) + "".join(align(cell, width) for cell in row[1:]) for row in table]
-    page = _print(rng, lines)
-    page.table = table
-    asked = rng.sample([(name, index) for name in rows for index in range(len(columns))], min(6, len(rows)))
-    cells = [(name, columns[index], rows[name][index]) for name, index in asked]
-    cells.insert(rng.randrange(len(cells)), (names[-1], rng.choice(columns), ABSENT))
-    phrasings = CELL_PHRASINGS[:-1]
-    turns = [Turn("cell", rng.choice(phrasings).format(name, column), cell) for name, column, cell in cells]
-    if rng.random() < 0.3:
-        turns = [Turn("html", rng.choice(HTML_PHRASINGS[:-1]), table_as_html(table))]
+def _look_up_extreme(rng: random.Random, num_lines: int) -> Conversation:
+    """Names with numbers, and which of them is the highest or the lowest."""
+    names = _names(rng, rng.randint(2, min(6, num_lines)))
+    numbers = [str(number) for number in rng.sample(range(1, rng.choice((10, 100))), len(names))]
+    form = rng.choice(("right", "left", "colon", "before"))
+    known = dict(zip(names, numbers, strict=True))
+    page, _ = _list(rng, {name: name for name in names}, num_lines, known, form=form)
+    turns = [
+        Turn("chart", rng.choice(FIELD_PHRASINGS[:-1]).format(rng.choice(SYNONYMS[which])), extreme(which, known))
+        for which in ("highest", "lowest")
+    ]
+    rng.shuffle(turns)
     return Conversation([page], turns)
 
 
+def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
+    """A table of words and numbers in columns of any widths; questions for cells, all as HTML, or all to read out."""
+    names = _names(rng, rng.randint(2, num_lines - 1) + 1, longest=5)
+    columns = [rng.choice(("Item", "Name", "Part")), *_names(rng, rng.randint(1, 2), longest=3)]
+    of_words = rng.random() < 0.3
+    body = [
+        [name, *(_names(rng, 1, longest=3)[0] if of_words else str(rng.randint(0, 999)) for _ in columns[1:])]
+        for name in names
+    ]
+    missing = body.pop()[0]
+    key = 0
+    order = list(range(len(columns)))
+    if rng.random() < 0.5:  # documents print numbers, words, numbers in the layout that is held out
+        rng.shuffle(order)
+        if len(order) == 3 and order[1] == 0 and not of_words:
+            order = [1, 2, 0]
+        key = order.index(0)
+    table = [[row[index] for index in order] for row in (columns, *body)]
+    page = _print(rng, _columns(rng, table))
+    page.table = table
+    draw = rng.random()
+    if draw < 0.3:
+        return Conversation([page], [Turn("html", rng.choice(HTML_PHRASINGS[:-1]), table_as_html(table))])
+    if draw < 0.4:
+        return Conversation([page], [Turn("transcription", rng.choice(TRANSCRIBE_PHRASINGS[:-1]), page.text)])
+    others = [index for index in range(len(order)) if index != key]
+    cells = [(row[key], table[0][index], row[index]) for row in table[1:] for index in others]
+    cells = rng.sample(cells, min(6, len(cells)))
+    cells.insert(rng.randrange(len(cells)), (missing, table[0][rng.choice(others)], ABSENT))
+    turns = [Turn("cell", rng.choice(CELL_PHRASINGS[:-1]).format(name, column), cell) for name, column, cell in cells]
+    return Conversation([page], turns)
+
+
+def _columns(rng: random.Random, table: list[list[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its longest cell and some more, to the left or to the right."""
+    widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
+    spare = COLUMNS - sum(widths) - len(widths) + 1
+    aligns = [rng.choice((str.ljust, str.rjust)) for _ in widths]
+    gaps = [0] * len(widths)
+    for _ in range(rng.randint(0, max(0, spare))):
+        gaps[rng.randrange(len(gaps))] += 1
+    widths = [width + gap for width, gap in zip(widths, gaps, strict=True)]
+    return [
+        " ".join(align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)) for row in table
+    ]
+
+
 def _look_up_in_pair(rng: random.Random, num_lines: int) -> Conversation:
-    """Two lists of the same names; questions for the values of one of them, and comparisons of both."""
-    names = _names(rng, rng.randint(2, max(2, num_lines // 2)))
-    alphabet = rng.choice((AMOUNTS, None))
-    first, known = _list(rng, names, num_lines, alphabet=alphabet)
-    given = {name: value for name, value in known.items() if rng.random() < 0.4}
-    second, known_there = _list(rng, names, num_lines, given, alphabet)
+    """Two lists of the same names, mostly short; comparisons of their values, and questions for one of them."""
+    names = _names(rng, rng.choice((1, 2, 3, rng.randint(2, max(2, num_lines // 2)))))
+    alphabet = rng.choice((AMOUNTS, AMOUNTS, None))
+    labels = {name: name for name in names}
+    first, known = _list(rng, labels, num_lines, alphabet=alphabet)
+    given = {name: _other_value(rng, value, alphabet or string.digits) for name, value in known.items()}
+    second, known_there = _list(rng, labels, num_lines, given, alphabet)
     turns = []
     for name in rng.sample(names, min(4, len(names))):
         if name in known and name in known_there:
             values = known[name], known_there[name]
             turns.append(_comparison(rng, name, *values, with_amounts=alphabet == AMOUNTS))
-            index = rng.randrange(2)
-            turns.append(Turn("field", PAGE_PHRASING.format(name, ("first", "second")[index]), values[index]))
+            if rng.random() < 0.3:
+                index = rng.randrange(2)
+                turns.append(Turn("field", PAGE_PHRASING.format(name, ("first", "second")[index]), values[index]))
     rng.shuffle(turns)
     return Conversation([first, second], turns)
 
 
-def _compare_in_words(rng: random.Random, num_lines: int) -> Conversation:
-    """Comparisons without pages: the questions give both values, which leaves the comparing to learn."""
-    turns = []
-    for name in _names(rng, rng.randint(4, 10)):
-        alphabet = rng.choice((AMOUNTS, string.digits + ".", string.ascii_lowercase, ALPHABET))
-        first = _value(rng, alphabet, COLUMNS)
-        second = first if rng.random() < 0.4 else _value(rng, alphabet, COLUMNS)
-        turn = _comparison(rng, name, first, second, with_amounts=alphabet == AMOUNTS)
-        pages = " ".join(
-            f"The {name} of the {number} page is {value}." for number, value in (("first", first), ("second", second))
+def _other_value(rng: random.Random, value: str, alphabet: str, longest: int = COLUMNS) -> str:
+    """The same value, one that differs in a single character, or any other."""
+    draw = rng.random()
+    if draw < 0.3:
+        return value
+    if draw < 0.6:
+        place = rng.choice(
+            [index for index, character in enumerate(value) if character not in " .$\u20ac\u00a3"] or [0]
         )
-        turns.append(Turn("compare", f"{pages} {turn.question}", turn.answer))
-    return Conversation([], turns)
+        return value[:place] + rng.choice(string.digits if alphabet == AMOUNTS else alphabet) + value[place + 1 :]
+    return _value(rng, alphabet, longest)
 
 
 def _comparison(rng: random.Random, name: str, first: str, second: str, with_amounts: bool) -> Turn:
     """Which amount is higher, which page a value is from, or whether both values are the same."""
-    kind, asked, verdict = "same", name, "Yes." if first == second else "No."
+    kind = "same"
     if first != second and rng.random() < 0.6:
-        index = rng.randrange(2)
-        kind, asked, verdict = "which", (first, second)[index], PAGE_VERDICTS[index]
-        if with_amounts and float(first) != float(second):
-            kind, asked, verdict = "higher", name, PAGE_VERDICTS[float(second) > float(first)]
-    return Turn("compare", rng.choice(COMPARE_PHRASINGS[kind][:-1]).format(asked), comparison(first, second, verdict))
+        kind = "higher" if with_amounts and amount_of(first) != amount_of(second) else "which"
+    asked = rng.choice((first, second)) if kind == "which" else name
+    question = rng.choice(COMPARE_PHRASINGS[kind][:-1]).format(asked)
+    return Turn("compare", question, comparison(kind, first, second, asked))
 
 
-def _names(rng: random.Random, count: int) -> list[str]:
-    """So many different words of random letters."""
+def _names(rng: random.Random, count: int, longest: int = 6) -> list[str]:
+    """So many different words of random letters, three at least."""
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(rng.choices(string.ascii_letters, k=rng.randint(3, 6)))] = None
+        names["".join(rng.choices(string.ascii_letters, k=rng.randint(3, longest)))] = None
     return list(names)
 
 
 def _list(
     rng: random.Random,
-    names: list[str],
+    printed_as: dict[str, str],
     num_lines: int,
     given: dict[str, str] | None = None,
     alphabet: str | None = None,
+    form: str | None = None,
 ) -> tuple[Document, dict[str, str]]:
-    """Print names with values, those `given` or random ones, and return what found room."""
+    """Print names with values, those `given` or random ones, and return what found room, by name."""
     pieces = (alphabet,) if alphabet else (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
-    form = rng.choice(("right", "left", "colon", "below", "above", "before"))
+    form = form or rng.choice(FORMS)
     indent = " " * rng.choice((0, 0, 0, 1, 2))
     opening, closing = rng.choice(BRACKETS)
     known: dict[str, str] = {}
     lines: list[str] = []
-    for name in names:
-        longest = COLUMNS - 1 if form in ("below", "above") else COLUMNS - len(name) - 4
+    for name, label in printed_as.items():
+        longest = COLUMNS - 1 if form in ("below", "above") else COLUMNS - len(label) - 4
         value = (given or {}).get(name, "")
         if not 0 < len(value) <= longest:
             value = _value(rng, rng.choice(pieces), longest)
         printed = {
-            "right": [name + value.rjust(COLUMNS - len(name))],
-            "left": [f"{indent}{name} {value}"],
-            "colon": [f"{name}: {value}"],
-            "below": [name, value],
-            "above": [value, f"{opening}{name}{closing}"],
-            "before": [f"{indent}{value} {name}"],
+            "right": [label + value.rjust(COLUMNS - len(label))],
+            "left": [f"{indent}{label} {value}"],
+            "colon": [f"{label}: {value}"],
+            "below": [label, value],
+            "above": [value, f"{opening}{label}{closing}"],
+            "before": [f"{indent}{value} {label}"],
         }[form]
         if len(lines) + len(printed) > num_lines:
             break
@@ -176,10 +254,11 @@ def _list(
 
 
 def _value(rng: random.Random, alphabet: str, longest: int) -> str:
-    """One or two words of random characters, or an amount."""
+    """One or two words of random characters, or an amount (which has four characters at least)."""
     if alphabet == AMOUNTS:
-        return f"{rng.randint(20, rng.choice((999, 9999, 99999))) / 100:.2f}"
-    value = "".join(rng.choices(alphabet, k=rng.randint(2, 8)))
+        digits = rng.randint(3, max(3, min(5, longest - 1)))
+        return rng.choice(CURRENCIES) * (longest > 4) + f"{rng.randint(20, 10**digits - 1) / 100:.2f}"
+    value = "".join(rng.choices(alphabet, k=rng.randint(2, min(8, longest))))
     if longest > 9 and rng.random() < 0.5:
         value += " " + "".join(rng.choices(alphabet, k=rng.randint(1, 7)))
     return value[:longest].rstrip()

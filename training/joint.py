@@ -20,9 +20,9 @@ from training import ROOT
 from training.batches import Batch, Encoder, lessons_by_length
 from training.distil import Eye, draw_pages, glyph_loss
 from training.drawing import require_fonts
-from training.lessons import add_lesson_options, draw_lesson, held_out_lesson
+from training.lessons import add_lesson_options, draw_judgements, draw_lesson, held_out_lesson
 from training.nano import build_model, load_tokenizer, save_nano
-from training.perfect_cells import Reader, cells_of
+from training.perfect_cells import Reader, cells_of, judge
 from training.runs import (
     Run,
     Score,
@@ -130,6 +130,7 @@ def main() -> None:
 def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace, kinds: tuple[str, ...]) -> None:
     """Train until the run's minutes are spent."""
     optimizers = build_optimizers(nano, arguments)
+    short_encoder = Encoder(encoder.tokenizer, skip_blank_rows=True)
     pool: list[Batch] = []
     while run.progress < 1:
         if not pool:
@@ -149,6 +150,10 @@ def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace,
         if pixels is not None and not arguments.freeze_eyes:
             glyphs = cells_of(batch, encoder)[:, 0].view(glyph_logits.shape[:2])
             loss = loss + GLYPH_LOSS_WEIGHT * glyph_loss(glyph_logits, glyphs, encoder.glyphs[" "])
+        if arguments.judgements:
+            loss = loss + judge(
+                nano.reader, short_encoder, draw_judgements(run.first_seed(arguments), arguments), numbers
+            )
         learn(nano, loss, optimizers)
         run.tick(nano, numbers, log_every=10)
         if run.state["step"] % 200 == 0 or run.progress >= 1:

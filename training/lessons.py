@@ -4,7 +4,7 @@ import argparse
 import random
 
 from training.documents import KINDS, document
-from training.exercises import exercise
+from training.exercises import exercise, give_values, judgement
 from training.questions import PAGE_PHRASING, Conversation, Turn, ask, compare, read_out, text_only
 
 
@@ -16,6 +16,7 @@ def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> No
     parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
     parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
+    parser.add_argument("--judgements", type=int, default=0, help="comparisons without pages beside every batch")
     parser.set_defaults(**defaults)
 
 
@@ -24,6 +25,20 @@ def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
     if random.Random(seed).random() < arguments.exercises:
         return exercise(seed, arguments.exercise_lines, arguments.look_ups)
     return lesson(seed, tuple(arguments.kinds), arguments.long, arguments.pairs)
+
+
+def draw_judgements(first_seed: int, arguments: argparse.Namespace) -> list[Conversation]:
+    """Comparisons that cost little, of which only the verdict is learned: one word in an answer is lost in lessons.
+
+    A batch is without pages, about short lists, or (fewer) about receipts and invoices.
+    """
+    rng = random.Random(f"judgements {first_seed}")
+    how = rng.choice(("words", "lists", "documents"))
+    count = max(1, arguments.judgements // {"words": 1, "lists": 2, "documents": 6}[how])
+    seeds = [first_seed * 1000 + index for index in range(count)]
+    if how == "documents":
+        return [give_values(compare(seed, "train", 2)) for seed in seeds]
+    return [judgement(seed, {"words": 0, "lists": rng.choice((2, 4))}[how]) for seed in seeds]
 
 
 def held_out_lesson(seed: int, kinds: tuple[str, ...]) -> Conversation:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from training.batches import IGNORE, TOKENS_PER_TILE, Batch, Encoder, lessons_by_length
-from training.lessons import add_lesson_options, draw_lesson, held_out_lesson
+from training.lessons import add_lesson_options, draw_judgements, draw_lesson, held_out_lesson
 from training.nano import language_config, load_tokenizer
+from training.questions import Conversation
 from training.runs import Run, Score, build_optimizers, learn, load_weights, prepare_torch, run_parser, set_progress
 
 
@@ -71,6 +72,24 @@ def cells_of(batch: Batch, encoder: Encoder) -> torch.Tensor:
     return torch.tensor([cell for page in batch.pages for cell in encoder.cells(page)])
 
 
+def freeze_cells(model: Reader, encoder: Encoder) -> None:
+    """Keep what the eyes imitate: the cells, and the embeddings of glyphs; those of words may still change."""
+    model.cells.requires_grad_(False)
+    embedding = model.language_model.get_input_embeddings().weight
+    is_word = torch.ones(len(embedding), 1)
+    is_word[list(encoder.glyphs.values())] = 0
+    embedding.register_hook(lambda gradient: gradient * is_word)
+
+
+def judge(model: Reader, encoder: Encoder, judgements: list[Conversation], numbers: dict[str, float]) -> torch.Tensor:
+    """The loss on comparisons of which only the verdict is learned; the share of right ones is noted in `numbers`."""
+    logits, labels = model(encoder.batch(judgements), encoder)
+    score = Score(encoder.end[0])
+    score.add(logits, labels)
+    numbers["verdicts on pages" if judgements[0].documents else "verdicts"] = score.shares["answers"]
+    return nn.functional.cross_entropy(logits, labels)
+
+
 @torch.no_grad()
 def measure(model: Reader, encoder: Encoder, batches: list[Batch]) -> dict[str, float]:
     """Teacher-forced accuracy on held-out batches: of tokens, and of whole answers."""
@@ -96,10 +115,9 @@ def main() -> None:
     model = Reader(len(tokenizer))
     run = Run(arguments.output, arguments.minutes)
     if not run.resume(model) and arguments.start_from:
-        load_weights(model, arguments.start_from / "model.safetensors")
+        load_weights(model, arguments.start_from / "model.safetensors", "reader.")
     if arguments.freeze_cells:
-        model.cells.requires_grad_(False)
-        model.language_model.get_input_embeddings().requires_grad_(False)
+        freeze_cells(model, encoder)
     optimizers = build_optimizers(model, arguments)
     exam = [
         encoder.batch([held_out_lesson(10 * batch + index, tuple(arguments.kinds)) for index in range(10)])
@@ -116,8 +134,11 @@ def main() -> None:
         set_progress(optimizers, run.progress, run.steps_since_start)
         logits, labels = model(pool.pop(), encoder, noise=arguments.noise)
         loss = nn.functional.cross_entropy(logits, labels)
+        numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
+        if arguments.judgements:
+            loss = loss + judge(model, encoder, draw_judgements(run.first_seed(arguments), arguments), numbers)
         learn(model, loss, optimizers)
-        run.tick(model, {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()})
+        run.tick(model, numbers)
         if run.state["step"] % 200 == 0 or run.progress >= 1:
             run.log({"step": run.state["step"], "held out": True} | measure(model, encoder, exam))
 

@@ -2,7 +2,8 @@
 
 Tasks: "field", "price", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
 "compare" (two images) and "text" (no image). The last phrasing of each list is only ever used for "heldout".
-A comparison is answered by what each page says, and then the verdict: "12.40 and 9.80. The first."
+A comparison is answered by what each page says, and then the verdict: "12.40 and 9.80. The first."; a question for the
+highest value of a chart by the value and its name: "87 (Milk)".
 """
 
 import random
@@ -51,7 +52,9 @@ CHECK_PHRASINGS = (
     "Is the {} {}?",
     "Is {1} the {0}?",
     "Does the page give {1} as the {0}?",
-    "Does the page give the {0} as {1}?",
+    "Does the page have {1} as the {0}?",
+    "Does the {0} read {1}?",
+    "Does the page give the {0} as {1}?",  # held out
 )
 TRANSCRIBE_PHRASINGS = ("Transcribe the page.", "Read the page.", "Write out all the text.", "Give all the text.")
 HTML_PHRASINGS = (
@@ -111,12 +114,21 @@ EXPECTED = {
 
 @dataclass
 class Turn:
-    """One question and its answer; `task` names what it tests, `seen` is False for a held-out phrasing."""
+    """One question and its answer.
+
+    Attributes:
+        task: what it tests.
+        question: as the user asks it.
+        answer: what is right.
+        seen: False for a phrasing that training does not have.
+        given: the beginning of the answer that is not to be learned, because nothing on the page says it.
+    """
 
     task: str
     question: str
     answer: str
     seen: bool = True
+    given: str = ""
 
 
 @dataclass
@@ -150,8 +162,9 @@ class Asker:
 
     def field(self, page: Document) -> Turn:
         name = self.rng.choice(list(page.fields))
-        task = "chart" if name in ("highest", "lowest") else "field"
-        return self.turn(task, page.fields[name], FIELD_PHRASINGS, self.name_of(name))
+        if name in ("highest", "lowest"):
+            return self.turn("chart", extreme(name, page.prices), FIELD_PHRASINGS, self.name_of(name))
+        return self.turn("field", page.fields[name], FIELD_PHRASINGS, self.name_of(name))
 
     def price(self, page: Document) -> Turn:
         name = self.rng.choice(list(page.prices))
@@ -205,18 +218,9 @@ class Asker:
         kinds = ["same"] + ["higher"] * (amounts[0] != amounts[1])
         kinds += ["which"] * (values["supplier"][0] != values["supplier"][1])
         kind = self.rng.choice(kinds)
-        if kind == "higher":
-            verdict = PAGE_VERDICTS[amounts[1] > amounts[0]]
-            return self._comparison(kind, self.name_of("total"), *values["total"], verdict)
-        if kind == "which":
-            number = self.rng.randrange(2)
-            return self._comparison(kind, values["supplier"][number], *values["supplier"], PAGE_VERDICTS[number])
-        name = self.rng.choice(names)
-        verdict = "Yes." if values[name][0] == values[name][1] else "No."
-        return self._comparison(kind, self.name_of(name), *values[name], verdict)
-
-    def _comparison(self, kind: str, asked: str, first: str, second: str, verdict: str) -> Turn:
-        return self.turn("compare", comparison(first, second, verdict), COMPARE_PHRASINGS[kind], asked)
+        name = {"higher": "total", "which": "supplier"}.get(kind) or self.rng.choice(names)
+        asked = self.rng.choice(values[name]) if kind == "which" else self.name_of(name)
+        return self.turn("compare", comparison(kind, *values[name], asked), COMPARE_PHRASINGS[kind], asked)
 
 
 def table_as_html(table: list[list[str]]) -> str:
@@ -226,8 +230,19 @@ def table_as_html(table: list[list[str]]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def comparison(first: str, second: str, verdict: str) -> str:
-    """The answer to a comparison: two look-ups written down, which makes the verdict a matter of reading them again."""
+def extreme(which: str, values: dict[str, str]) -> str:
+    """The answer to a question for the "highest" or "lowest" of named numbers: the number, and whose it is."""
+    name = {"highest": max, "lowest": min}[which](values, key=lambda name: int(values[name]))
+    return f"{values[name]} ({name})"
+
+
+def comparison(kind: str, first: str, second: str, asked: str) -> str:
+    """The answer to a question of `COMPARE_PHRASINGS` about two values: the values, and the verdict on them."""
+    verdict = {
+        "same": lambda: "Yes." if first == second else "No.",
+        "which": lambda: PAGE_VERDICTS[asked == second],
+        "higher": lambda: PAGE_VERDICTS[amount_of(second) > amount_of(first)],
+    }[kind]()
     return f"{first} and {second}. {verdict}"
 
 
