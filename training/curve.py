@@ -1,0 +1,67 @@
+"""Draw how nano learned: held-out answers over the minutes of the runs that led to it, one after the other.
+
+    python -m training.curve docs/training/*.jsonl --picture docs/images/nano_curve.png
+
+Needs matplotlib. Each argument is the log of a run; vertical lines part the runs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The entries of a run's log; those about held-out answers get the minutes of the step before them."""
+    entries, minutes = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        minutes = entry.setdefault("minutes", minutes)
+        entries.append(entry)
+    return entries
+
+
+def draw_curve(logs: list[Path], path: Path) -> None:
+    """Write the picture.
+
+    Raises:
+        ImportError: without matplotlib, with the command that installs it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The curve is drawn with matplotlib: pip install matplotlib.") from error
+    figure = Figure(figsize=(9, 4.2))
+    axes = figure.subplots()
+    start = 0.0
+    for log in logs:
+        entries = read_log(log)
+        held_out = [entry for entry in entries if entry.get("held out") and "answers" in entry]
+        trained = [entry for entry in entries if "loss" in entry]
+        axes.plot([start + e["minutes"] for e in trained], [e["tokens"] for e in trained], color="0.8", linewidth=0.8)
+        for key, colour in (("tokens", "tab:blue"), ("answers", "tab:orange")):
+            points = [start + entry["minutes"] for entry in held_out], [entry[key] for entry in held_out]
+            axes.plot(*points, "o-", color=colour, markersize=4)
+        axes.text(start + 1, 0.02, log.stem.split("-", 1)[-1], fontsize=8, rotation=90, va="bottom")
+        start += entries[-1]["minutes"]
+        axes.axvline(start, color="0.6", linewidth=0.6)
+    for label, colour in (
+        ("lessons, tokens", "0.8"),
+        ("held out, tokens", "tab:blue"),
+        ("held out, whole", "tab:orange"),
+    ):
+        axes.plot([], [], color=colour, label=label)
+    axes.set(xlabel="minutes", ylabel="right when the answer so far is given", ylim=(0, 1), xlim=(0, start))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8)
+    figure.savefig(path, bbox_inches="tight", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", type=Path)
+    parser.add_argument("--picture", type=Path, required=True)
+    arguments = parser.parse_args()
+    draw_curve(arguments.logs, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
