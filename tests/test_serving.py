@@ -234,6 +234,8 @@ def test_an_answer_ends_with_the_context(client):
         ({"logprobs": True}, "logprobs"),
         ({"temperature": -1, "stream": True}, "temperature must be"),
         ({"max_tokens": 0}, "max_tokens must be"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number"),
+        ({"temperature": True}, "temperature must be a number"),
         ({"extra_body": {"chat_template_kwargs": {"images": [str(RECEIPT)]}}}, "chat_template_kwargs may hold"),
     ],
 )

@@ -160,8 +160,10 @@ def check_options(body: dict[str, Any]) -> None:
             raise ValueError(f"{name}={body[name]!r:.80} is not supported by this server; leave {name} out.")
     for name, (lowest, highest) in RANGES.items():
         value = body.get(name)
-        if value is not None and not (isinstance(value, (int, float)) and lowest <= value <= highest):
-            raise ValueError(f"{name} must be a number from {lowest} to {highest}, got {value!r:.80}.")
+        kind, types = ("whole number", int) if name.endswith("tokens") else ("number", (int, float))
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        if value is not None and not (is_number and lowest <= value <= highest):
+            raise ValueError(f"{name} must be a {kind} from {lowest} to {highest}, got {value!r:.80}.")
     options = body.get("chat_template_kwargs", {})
     if not isinstance(options, dict) or not options.keys() <= set(REQUEST_OPTIONS):
         raise ValueError(f"chat_template_kwargs may hold {', '.join(REQUEST_OPTIONS)}, got {options!r:.80}.")
