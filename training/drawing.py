@@ -217,7 +217,7 @@ def _spoil(picture: Image.Image, style: Style, seed: int) -> Image.Image:
 
 def contact_sheet(num_columns: int = 7, num_rows: int = 3) -> Image.Image:
     """One column for each kind of document, held-out ones in the last row."""
-    width, height, gap = 300, 380, 12
+    width, height, gap = 200, 254, 8
     sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (120, 124, 130))
     for column, kind in enumerate(KINDS):
         for row in range(num_rows):
