@@ -60,9 +60,9 @@ def test_the_tokenizer_can_be_built_again():
 
 def test_nano_reads_the_bundled_receipt(nano, receipt, capsys):
     conversation = Conversation(*nano, [receipt])
-    assert conversation.ask("What is the total?") == "\u00a3170.18"
-    assert conversation.ask("Who is the seller?") == "Heweam Mill"
-    assert "170.18" in capsys.readouterr().out
+    assert conversation.ask("What is the total?") == "72.13"
+    assert conversation.ask("Who is the seller?") == "Claisaid Tools"
+    assert "72.13" in capsys.readouterr().out
 
 
 def test_a_batch_answers_like_single_questions(nano, receipt):
