@@ -13,7 +13,23 @@ from training.drawing import FONTS, draw, random_style
 from training.exercises import PRINTED_AS, exercise, judgement
 from training.lessons import lesson
 from training.nano import load_tokenizer, tiles_of
-from training.questions import ABSENT, Asker, ask, compare, instruction_texts, read_out, text_only, verdict_of
+from training.questions import (
+    ABSENT,
+    CELL_PHRASINGS,
+    COMPARE_PHRASINGS,
+    FIELD_PHRASINGS,
+    HTML_PHRASINGS,
+    PRICE_PHRASINGS,
+    TRANSCRIBE_PHRASINGS,
+    VALUE_PHRASINGS,
+    Asker,
+    ask,
+    compare,
+    instruction_texts,
+    read_out,
+    text_only,
+    verdict_of,
+)
 from training.words import split_of
 
 SEEDS = range(40)
@@ -166,14 +182,35 @@ def test_what_exercises_call_absent_is_not_printed():
                         word.lower() for word in re.findall(r"[A-Za-z]+", turn.question) if word.lower() not in WORDS
                     }
                 )
-                assert turn.task == "cell" or not words & names
+                if turn.task == "cell":  # the column is there, the row is not
+                    rows = [cell for page in conversation.documents for row in page.table[1:] for cell in row]
+                    assert not set(re.findall(r"[A-Za-z]+", turn.question)) & set(rows) - WORDS
+                else:
+                    assert not words & names
     assert min(found["field"], found["cell"]) > 20
+
+
+def test_exercises_keep_held_out_phrasings_and_layouts_out():
+    lists = (FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS, CELL_PHRASINGS, HTML_PHRASINGS, TRANSCRIBE_PHRASINGS)
+    lists += tuple(COMPARE_PHRASINGS.values())
+    taught = {phrasing for phrasings in lists for phrasing in phrasings[:-1]}
+    held_out = [phrasings[-1] for phrasings in lists]
+    assert not taught & set(held_out)
+    patterns = [re.compile(re.sub(r"\\\{\d?\\\}", "(.+)", re.escape(phrasing))) for phrasing in held_out]
+    for seed in range(300):
+        for conversation in (exercise(seed, 10, 0.8), judgement(seed), judgement(seed, 4)):
+            for turn in conversation.turns:
+                assert not any(pattern.fullmatch(turn.question) for pattern in patterns)
+            for page in conversation.documents:
+                assert not any(re.fullmatch(r"\(\w[\w ]*\)", line) for line in page.lines)  # forms
+                for row in page.table or ():
+                    assert [cell.isdigit() for cell in row] != [True, False, True]  # tables
 
 
 def test_comparisons_of_random_values_are_right():
     verdicts = Counter()
     for seed in range(400):
-        for conversation in (exercise(seed, 10, share_of_look_ups=1.0), judgement(seed)):
+        for conversation in (exercise(seed, 10, share_of_look_ups=1.0), judgement(seed), judgement(seed, 4)):
             for turn in conversation.turns:
                 if turn.task == "compare":
                     values = given_values(conversation.documents, turn)

@@ -71,7 +71,10 @@ class Encoder:
         return [*start, *self.user, *images, *self.encode(conversation.turns[index].question), *self.assistant]
 
     def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:
-        """Return `(input_ids, labels)` of the first `num_turns` turns, all by default."""
+        """Return `(input_ids, labels)` of the first `num_turns` turns, all by default.
+
+        Labels are `IGNORE` but for answers, less what is `given` of them.
+        """
         ids: list[int] = []
         labels: list[int] = []
         for index, turn in enumerate(conversation.turns[:num_turns]):

@@ -2,6 +2,7 @@
 
     python -m training.distil --output runs/eyes --minutes 30                           # glyphs only, beside stage 1
     python -m training.distil --output runs/eyes --minutes 40 --language runs/cells     # and the language model's input
+    python -m training.distil --output runs/more --language runs/joint --start-from runs/joint    # with all trouble at once
 
 Every visual token has to name the glyph it covers (a linear head on the projector's hidden layer, kept only for
 training). With `--language` the projector's output must also equal the perfect cell's embedding of stage 1, so that a

@@ -5,7 +5,8 @@
     python -m training.joint --output runs/joint --export nano                             # write the checkpoint
 
 Starts from a language model that reads perfect cells (stage 1) and eyes that imitate them (stage 2). The glyph loss of
-stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, which costs a third.
+stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, which costs a third. With `--judgements`
+comparisons on perfect cells stand beside every step, of which only the verdicts are learned.
 """
 
 import argparse

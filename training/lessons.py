@@ -16,7 +16,7 @@ def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> No
     parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
     parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
-    parser.add_argument("--judgements", type=int, default=0, help="comparisons without pages beside every batch")
+    parser.add_argument("--judgements", type=int, default=0, help="comparisons beside a batch; fewer when with pages")
     parser.set_defaults(**defaults)
 
 

@@ -40,7 +40,7 @@ VALUE_PHRASINGS = (
     "What is the value of {}?",
     "Read the value of {}.",
     "Find {}, please.",
-    "How much is {}?",  # held out
+    "Give the value of {}.",  # held out
 )
 CELL_PHRASINGS = (
     "What is the {1} of {0}?",
@@ -121,7 +121,7 @@ class Turn:
         question: as the user asks it.
         answer: what is right.
         seen: False for a phrasing that training does not have.
-        given: the beginning of the answer that is not to be learned, because nothing on the page says it.
+        given: the beginning of the answer that carries no loss; only the rest is to be learned.
     """
 
     task: str
@@ -264,7 +264,8 @@ def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
         kinds = [asker.field] * 4 + [asker.absent, asker.check] + ([asker.price] * 3 if page.prices else [])
         turn = asker.rng.choice(kinds)(page)
         # A value once given could be copied from the earlier answer: ask for each only once.
-        turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else turn.answer, turn)
+        value = turn.answer.split(" (")[0]  # "87 (Milk)" gives the value of Milk away
+        turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else value, turn)
         if len(turns) == num_turns:
             break
     return Conversation([page], list(turns.values()))
