@@ -157,8 +157,8 @@ def test_temperature_samples_and_zero_does_not(client, receipt):
     messages = [user(image_part(receipt), text_part("Transcribe."))]
     greedy = ask(client, messages).choices[0].message.content
     assert ask(client, messages, temperature=0).choices[0].message.content == greedy
-    sampled = {ask(client, messages, temperature=2, seed=seed).choices[0].message.content for seed in (1, 2)}
-    assert len(sampled | {greedy}) == 3
+    sampled = {ask(client, messages, temperature=2, seed=seed).choices[0].message.content for seed in range(1, 6)}
+    assert len(sampled | {greedy}) >= 3  # nano is so sure that one seed may read on as if greedy
     assert ask(client, messages, temperature=2, seed=1).choices[0].message.content in sampled
 
 
