@@ -272,14 +272,18 @@ def letter(draft: Draft, layout: int, rows: int) -> Document:
     return arrange(draft, [block for block in orders[layout] if block], "letter", layout, rows)
 
 
+def extremes(values: dict[str, str]) -> dict[str, str]:
+    """Whose number is the "highest" and whose the "lowest" of named whole numbers."""
+    judges = {"highest": max, "lowest": min}
+    return {which: judge(values, key=lambda name: int(values[name])) for which, judge in judges.items()}
+
+
 def chart_lines(draft: Draft, count: int) -> list[tuple[str, str]]:
     names = draft.values.products(count, longest=7)
     allowed = [str(number) for number in range(1, 100) if split_of(str(number)) == draft.values.split]
     draft.rng.shuffle(allowed)
     draft.prices.update(zip(names, allowed, strict=False))
-    highest = max(names, key=lambda name: int(draft.prices[name]))
-    lowest = min(names, key=lambda name: int(draft.prices[name]))
-    draft.fields.update({"highest": highest, "lowest": lowest})
+    draft.fields.update(extremes(draft.prices))
     return [(name, draft.prices[name]) for name in names]
 
 

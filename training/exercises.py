@@ -3,7 +3,7 @@
 import random
 import string
 
-from training.documents import COLUMNS, CURRENCIES, ROWS_PER_PAGE, Document
+from training.documents import COLUMNS, CURRENCIES, ROWS_PER_PAGE, Document, extremes
 from training.questions import (
     ABSENT,
     CELL_PHRASINGS,
@@ -19,9 +19,9 @@ from training.questions import (
     Turn,
     amount_of,
     comparison,
-    extreme,
     table_as_html,
     verdict_of,
+    with_name,
 )
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
@@ -113,8 +113,8 @@ def _look_up_extreme(rng: random.Random, num_lines: int) -> Conversation:
     known = dict(zip(names, numbers, strict=True))
     page, _ = _list(rng, {name: name for name in names}, num_lines, known, form=form)
     turns = [
-        Turn("chart", rng.choice(FIELD_PHRASINGS[:-1]).format(rng.choice(SYNONYMS[which])), extreme(which, known))
-        for which in ("highest", "lowest")
+        Turn("chart", rng.choice(FIELD_PHRASINGS[:-1]).format(rng.choice(SYNONYMS[which])), with_name(name, known))
+        for which, name in extremes(known).items()
     ]
     rng.shuffle(turns)
     return Conversation([page], turns)
@@ -256,7 +256,7 @@ def _list(
 def _value(rng: random.Random, alphabet: str, longest: int) -> str:
     """One or two words of random characters, or an amount (which has four characters at least)."""
     if alphabet == AMOUNTS:
-        digits = rng.randint(3, max(3, min(5, longest - 1)))
+        digits = rng.randint(3, max(3, min(5, longest - 2)))
         return rng.choice(CURRENCIES) * (longest > 4) + f"{rng.randint(20, 10**digits - 1) / 100:.2f}"
     value = "".join(rng.choices(alphabet, k=rng.randint(2, min(8, longest))))
     if longest > 9 and rng.random() < 0.5:

@@ -163,7 +163,7 @@ class Asker:
     def field(self, page: Document) -> Turn:
         name = self.rng.choice(list(page.fields))
         if name in ("highest", "lowest"):
-            return self.turn("chart", extreme(name, page.prices), FIELD_PHRASINGS, self.name_of(name))
+            return self.turn("chart", with_name(page.fields[name], page.prices), FIELD_PHRASINGS, self.name_of(name))
         return self.turn("field", page.fields[name], FIELD_PHRASINGS, self.name_of(name))
 
     def price(self, page: Document) -> Turn:
@@ -230,9 +230,8 @@ def table_as_html(table: list[list[str]]) -> str:
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def extreme(which: str, values: dict[str, str]) -> str:
-    """The answer to a question for the "highest" or "lowest" of named numbers: the number, and whose it is."""
-    name = {"highest": max, "lowest": min}[which](values, key=lambda name: int(values[name]))
+def with_name(name: str, values: dict[str, str]) -> str:
+    """The answer to a question for the highest or lowest of named numbers: the number, and whose it is."""
     return f"{values[name]} ({name})"
 
 
