@@ -153,12 +153,14 @@ def test_image_options_of_the_processor_are_taken(client, receipt):
     assert whole.usage.prompt_tokens - small.usage.prompt_tokens == 256
 
 
-def test_temperature_samples_and_zero_does_not(client, receipt):
-    messages = [user(image_part(receipt), text_part("Transcribe."))]
+def test_temperature_samples_and_zero_does_not(client):
+    messages = [
+        {"role": "user", "content": "7 8 9"}
+    ]  # of a page nano is so sure that samples may equal the greedy answer
     greedy = ask(client, messages).choices[0].message.content
     assert ask(client, messages, temperature=0).choices[0].message.content == greedy
-    sampled = {ask(client, messages, temperature=2, seed=seed).choices[0].message.content for seed in range(1, 6)}
-    assert len(sampled | {greedy}) >= 3  # nano is so sure that one seed may read on as if greedy
+    sampled = {ask(client, messages, temperature=2, seed=seed).choices[0].message.content for seed in (1, 2)}
+    assert len(sampled | {greedy}) == 3
     assert ask(client, messages, temperature=2, seed=1).choices[0].message.content in sampled
 
 
