@@ -62,7 +62,11 @@ def test_nano_reads_the_bundled_receipt(nano, receipt, capsys):
     conversation = Conversation(*nano, [receipt])
     assert conversation.ask("What is the total?") == "72.13"
     assert conversation.ask("Who is the seller?") == "Claisaid Tools"
+    assert conversation.ask("What is the VAT?") == "5.06"
     assert "72.13" in capsys.readouterr().out
+    page = "Claisaid Tools\n139 Traind Road\n059-354274\nVAT 5.06\nTotal 72.13\nNo 606543\n3 Oct 2029 06:41"
+    page += "\nVase 64.94\nFlour 2.13\nPaid by CHEQUE"
+    assert Conversation(*nano, [receipt]).ask("Transcribe the page.") == page
 
 
 def test_a_batch_answers_like_single_questions(nano, receipt):
