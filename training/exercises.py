@@ -26,8 +26,9 @@ from training.questions import (
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-BRACKETS = ("[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
-FORMS = ("right", "left", "colon", "below", "above", "above", "before")  # where the value stands
+BRACKETS = ("  ", "[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
+# Where the value stands, and how often: what stands before its name is the hardest to find.
+FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
 PRINTED_AS = {  # names of fields, and what documents print for them
     "name": "Name", "city": "City", "address": "Address", "phone number": "Phone", "date of birth": "Born",
     "customer number": "Customer", "employer": "Employer", "country": "Country", "total": "Total", "tax": "Tax",
@@ -79,11 +80,20 @@ def give_values(conversation: Conversation) -> Conversation:
 
 
 def _copy(rng: random.Random, num_lines: int) -> Conversation:
-    """Lines of random characters to read out, few or many different ones, anywhere on the page."""
+    """Lines of random characters to read out, few or many different ones, anywhere on the page.
+
+    On every other page the lines are made of a few words, so that they begin alike or are the same: what comes next
+    can then only be found by its place.
+    """
     alphabet = rng.choice((ALPHABET, string.digits + ".,-", string.ascii_letters, string.ascii_lowercase[:6]))
+    known = ["".join(rng.choices(alphabet, k=rng.randint(1, 8))) for _ in range(rng.randint(2, 6))]
+    alike = rng.choice((0.0, 0.0, 0.5, 0.9))
     lines = []
     for _ in range(rng.randint(3, num_lines)):
-        words = ["".join(rng.choices(alphabet, k=rng.randint(1, 8))) for _ in range(rng.randint(1, 3))]
+        words = [
+            rng.choice(known) if rng.random() < alike else "".join(rng.choices(alphabet, k=rng.randint(1, 8)))
+            for _ in range(rng.randint(1, 3))
+        ]
         line = (" " * rng.choice((0, 0, 0, 1, 4))) + (" " * rng.choice((1, 1, 3, 6))).join(words)
         lines.append(line[:COLUMNS].rstrip())
     page = _print(rng, lines)
@@ -92,23 +102,28 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
 
 def _look_up(rng: random.Random, num_lines: int) -> Conversation:
     """Names with values after, before, below or above them; questions for some, and for names that are not there."""
-    printed_as = {name: name for name in _names(rng, num_lines + 1)}
     if rng.random() < 0.4:
         spelling = rng.choice((str, str.upper, str.lower))
         printed_as = {name: spelling(label) for name, label in PRINTED_AS.items()}
+        phrasings, first_letter = FIELD_PHRASINGS, str.upper  # "Due date?", as of documents
+    else:
+        printed_as = {name: name for name in _names(rng, num_lines + 1)}
+        phrasings, first_letter = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS)), str
     names = rng.sample(list(printed_as), rng.randint(2, min(num_lines, len(printed_as) - 1)) + 1)
     page, known = _list(rng, {name: printed_as[name] for name in names[:-1]}, num_lines)
     asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
     rng.shuffle(asked)
-    phrasings = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS))[:-1]
-    turns = [Turn("field", rng.choice(phrasings).format(name), known.get(name, ABSENT)) for name in asked]
+    turns = []
+    for name in asked:
+        question = rng.choice(phrasings[:-1]).format(name)
+        turns.append(Turn("field", first_letter(question[0]) + question[1:], known.get(name, ABSENT)))
     return Conversation([page], turns)
 
 
 def _look_up_extreme(rng: random.Random, num_lines: int) -> Conversation:
     """Names with numbers, and which of them is the highest or the lowest."""
     names = _names(rng, rng.randint(2, min(6, num_lines)))
-    numbers = [str(number) for number in rng.sample(range(1, rng.choice((10, 100))), len(names))]
+    numbers = [str(number) for number in rng.sample(range(1, rng.choice((10, 100, 1000))), len(names))]
     form = rng.choice(("right", "left", "colon", "before"))
     known = dict(zip(names, numbers, strict=True))
     page, _ = _list(rng, {name: name for name in names}, num_lines, known, form=form)
@@ -228,7 +243,7 @@ def _list(
 ) -> tuple[Document, dict[str, str]]:
     """Print names with values, those `given` or random ones, and return what found room, by name."""
     pieces = (alphabet,) if alphabet else (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
-    form = form or rng.choice(FORMS)
+    form = form or rng.choices(list(FORMS), FORMS.values())[0]
     indent = " " * rng.choice((0, 0, 0, 1, 2))
     opening, closing = rng.choice(BRACKETS)
     known: dict[str, str] = {}
@@ -243,7 +258,7 @@ def _list(
             "left": [f"{indent}{label} {value}"],
             "colon": [f"{label}: {value}"],
             "below": [label, value],
-            "above": [value, f"{opening}{label}{closing}"],
+            "above": [value, f"{opening}{label}{closing}".strip()],
             "before": [f"{indent}{value} {label}"],
         }[form]
         if len(lines) + len(printed) > num_lines:
