@@ -97,7 +97,9 @@ SYNONYMS = {
 }
 # What a reader may expect on each kind of document, so that asking for it in vain is a fair question.
 EXPECTED = {
-    "receipt": words("supplier,address,phone number,receipt number,date,time,subtotal,tax,total,payment", ","),
+    "receipt": words(
+        "supplier,address,phone number,receipt number,date,time,subtotal,tax,total,payment,due date,customer", ","
+    ),
     "invoice": words("invoice number,supplier,customer,date,due date,tax,total,phone number,payment", ","),
     "form": words(
         "title,name,city,address,phone number,date of birth,customer number,employer,country,total,date", ","
