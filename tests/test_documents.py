@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.batches import IGNORE, Encoder
-from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, document
+from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, Draft, document, in_order
 from training.drawing import FONTS, draw, random_style
 from training.exercises import PRINTED_AS, exercise, judgement
 from training.lessons import lesson
@@ -31,7 +31,7 @@ from training.questions import (
     text_only,
     verdict_of,
 )
-from training.words import split_of
+from training.words import Values, split_of
 
 SEEDS = range(40)
 WORDS = {word.lower() for text in instruction_texts() for word in re.findall("[A-Za-z]+", text)}
@@ -82,6 +82,23 @@ def test_splits_share_no_values_and_the_last_layout_is_held_out():
                 assert {split_of(value) for value in values} <= {split}
             assert split == "heldout" or page.layout < NUM_LAYOUTS - 1
     assert any(document(seed, "heldout").layout == NUM_LAYOUTS - 1 for seed in SEEDS)
+
+
+def test_training_pages_come_in_many_orders_but_never_begin_as_the_held_out_one():
+    blocks = [["a"], ["b"], [], ["c"], ["d"]]
+    a, b, none, c, d = blocks
+    orders = ([a, b, none, c, d], [b, a, none, c, d], [c, a, none, b, d], [none, d, c, b, a])
+    seen = {"train": set(), "heldout": set()}
+    for split, found in seen.items():
+        for seed in range(300):
+            rng = random.Random(seed)
+            layout = seed % (3 if split == "train" else 4)
+            order = in_order(Draft(rng, Values(rng, split)), orders, layout)
+            assert sorted(order) == [a, b, c, d]
+            found.add("".join(block[0] for block in order))
+    assert seen["heldout"] == {"abcd", "bacd", "cabd", "dcba"}
+    assert {"abcd", "bacd", "cabd"} < seen["train"] and len(seen["train"]) > 8
+    assert all(order[0] != "d" and order[1] != "c" for order in seen["train"])
 
 
 def test_held_out_fonts_and_phrasings_are_never_drawn_for_training():

@@ -26,7 +26,7 @@ from training.questions import (
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-BRACKETS = ("  ", "[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
+BRACKETS = ("[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
 # Where the value stands, and how often: what stands before its name is the hardest to find.
 FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
 PRINTED_AS = {  # names of fields, and what documents print for them
@@ -258,7 +258,7 @@ def _list(
             "left": [f"{indent}{label} {value}"],
             "colon": [f"{label}: {value}"],
             "below": [label, value],
-            "above": [value, f"{opening}{label}{closing}".strip()],
+            "above": [value, f"{opening}{label}{closing}"],
             "before": [f"{indent}{value} {label}"],
         }[form]
         if len(lines) + len(printed) > num_lines:
