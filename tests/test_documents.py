@@ -214,11 +214,14 @@ def test_exercises_keep_held_out_phrasings_and_layouts_out():
     taught = {phrasing for phrasings in lists for phrasing in phrasings[:-1]}
     held_out = [phrasings[-1] for phrasings in lists]
     assert not taught & set(held_out)
+    taught_fields = {phrasing.format(name) for phrasing in FIELD_PHRASINGS[:-1] for name in PRINTED_AS}
+    taught_fields -= {phrasing.format(name) for phrasing in held_out[:3] for name in PRINTED_AS}
     patterns = [re.compile(re.sub(r"\\\{\d?\\\}", "(.+)", re.escape(phrasing))) for phrasing in held_out]
     for seed in range(300):
         for conversation in (exercise(seed, 10, 0.8), judgement(seed), judgement(seed, 4)):
             for turn in conversation.turns:
-                assert not any(pattern.fullmatch(turn.question) for pattern in patterns)
+                if turn.question not in taught_fields:  # "Give the date of birth, please." is no cell of a table
+                    assert not any(pattern.fullmatch(turn.question) for pattern in patterns)
             for page in conversation.documents:
                 assert not any(re.fullmatch(r"\(\w[\w ]*\)", line) for line in page.lines)  # forms
                 for row in page.table or ():

@@ -49,7 +49,7 @@ def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float
     if rng.random() >= share_of_look_ups:
         return _copy(rng, num_lines)
     drills = (_look_up, _look_up_cell, _look_up_in_pair, _look_up_extreme)
-    return rng.choices(drills, (5, 4, 4, 2))[0](rng, num_lines)
+    return rng.choices(drills, (16, 4, 4, 2))[0](rng, num_lines)
 
 
 def judgement(seed: int, num_lines: int = 0) -> Conversation:
@@ -265,7 +265,7 @@ def _list(
             break
         lines += printed
         known[name] = value
-    return _print(rng, lines), known
+    return _print(rng, lines, together=len(printed)), known
 
 
 def _value(rng: random.Random, alphabet: str, longest: int) -> str:
@@ -279,12 +279,14 @@ def _value(rng: random.Random, alphabet: str, longest: int) -> str:
     return value[:longest].rstrip()
 
 
-def _print(rng: random.Random, lines: list[str]) -> Document:
-    """Put lines on a page in their order, at rows chosen at random or one below the other."""
-    rows: list[int] | range = range(len(lines))
-    if rng.random() < 0.5:
-        rows = sorted(rng.sample(range(ROWS_PER_PAGE), len(lines)))
-    page = Document("exercise", 0, [""] * ROWS_PER_PAGE)
-    for row, line in zip(rows, lines, strict=True):
-        page.lines[row] = line.rstrip()
+def _print(rng: random.Random, lines: list[str], together: int = 1) -> Document:
+    """Put lines on a page in their order, so many `together`, with blank rows anywhere between them or below them."""
+    blocks = [lines[start : start + together] for start in range(0, len(lines), together)]
+    num_blank = ROWS_PER_PAGE - len(lines)
+    after = (
+        sorted(rng.choices(range(len(blocks) + 1), k=num_blank)) if rng.random() < 0.5 else [len(blocks)] * num_blank
+    )
+    page = Document("exercise", 0, [""] * after.count(0))
+    for index, block in enumerate(blocks, start=1):
+        page.lines += [*(line.rstrip() for line in block), *[""] * after.count(index)]
     return page
