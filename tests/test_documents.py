@@ -192,7 +192,7 @@ def test_what_exercises_call_absent_is_not_printed():
         for turn in conversation.turns:
             if turn.answer == ABSENT:
                 found[turn.task] += 1
-                asked = [name for name in PRINTED_AS if re.search(rf"\b{name}\b", turn.question)]
+                asked = [name for name in PRINTED_AS if re.search(rf"\b{name}\b", turn.question, re.IGNORECASE)]
                 names = (
                     {PRINTED_AS[max(asked, key=len)].lower()}
                     if asked
@@ -280,7 +280,7 @@ def given_values(pages: list, turn) -> list[str]:
 def printed_value(page, name: str) -> str:
     """What stands above a name in brackets, before one at the end of a line, after others, or below."""
     text = "\n".join(line for line in page.lines if line)
-    ways = (rf"^(.*)\n[^\w\s]{name}[^\w\s]$", rf"^(.+) {name}$", rf"^ *{name}:?\s+(.*)$")
+    ways = (rf"^(.*)\n[\W_]{name}[\W_]$", rf"^(.+) {name}$", rf"^ *{name}:?\s+(.*)$")
     return next(filter(None, (re.search(way, text, re.MULTILINE) for way in ways)))[1].strip()
 
 

@@ -26,7 +26,8 @@ from training.questions import (
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-BRACKETS = ("[]", "<>", "{}", "--", "**", "::")  # around names below their values; documents have round ones
+# Around names below their values: any two of the same sign, or these; documents have round ones, so exercises have not.
+BRACKETS = ("[]", "<>", "{}", *(2 * sign for sign in string.punctuation if sign not in "()"))
 # Where the value stands, and how often: what stands before its name is the hardest to find.
 FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
 PRINTED_AS = {  # names of fields, and what documents print for them
