@@ -19,9 +19,9 @@ from training import distil, joint, perfect_cells
 from training.batches import Encoder
 from training.curve import draw_curve, read_log
 from training.drawing import require_fonts
-from training.lessons import draw_judgements
+from training.lessons import draw_drill
 from training.nano import load_tokenizer
-from training.questions import verdict_of
+from training.questions import ABSENT, verdict_of
 from training.runs import Score, average, learn, load_weights, prepare_torch
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
@@ -84,15 +84,21 @@ def test_a_part_of_a_larger_model_can_be_loaded(tmp_path):
         load_weights(alone, tmp_path / "model.safetensors")
 
 
-def test_judgements_cost_little_and_end_in_verdicts():
-    arguments = argparse.Namespace(judgements=12)
-    batches = [draw_judgements(step, arguments) for step in range(30)]
-    assert {len(batch) for batch in batches} == {12, 6, 2}
-    for batch in batches:
-        for turn in (turn for conversation in batch for turn in conversation.turns):
-            assert turn.answer == f"{turn.given} {verdict_of(turn.answer)}"
-        assert len({bool(conversation.documents) for conversation in batch}) == 1
-    assert batches[0] == draw_judgements(0, arguments) != draw_judgements(1, arguments)
+def test_drills_cost_little_and_are_what_they_say():
+    arguments = argparse.Namespace(drills=12)
+    drills = [draw_drill(step, arguments) for step in range(60)]
+    counts = {"verdicts on words": 12, "verdicts on lists": 6, "verdicts on documents": 2, "values before names": 4}
+    assert {name: len(conversations) for name, conversations in drills} == counts
+    for name, conversations in drills:
+        for conversation in conversations:
+            if name == "values before names":
+                lines = [line.strip() for line in conversation.documents[0].lines if line]
+                values = [turn.answer for turn in conversation.turns if turn.answer != ABSENT]
+                assert values and all(any(line == v or line.startswith(f"{v} ") for line in lines) for v in values)
+            else:
+                assert all(turn.answer == f"{turn.given} {verdict_of(turn.answer)}" for turn in conversation.turns)
+                assert bool(conversation.documents) == (name != "verdicts on words")
+    assert drills[0] == draw_drill(0, arguments) != draw_drill(1, arguments)
 
 
 def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
@@ -129,7 +135,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 @pytest.mark.slow
 def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
     command = ["--output", tmp_path, *SMALL, "--exercises", 0.5, "--look-ups", 0.5, "--skip-blank-rows"]
-    command += ["--judgements", 6]
+    command += ["--drills", 6]
     run(perfect_cells, *command, "--minutes", 0.02, monkeypatch=quick)
     before = state(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -53,6 +53,12 @@ def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float
     return rng.choices(drills, (16, 4, 4, 2))[0](rng, num_lines)
 
 
+def look_back(seed: int, num_lines: int) -> Conversation:
+    """A list whose values stand above their names or before them on the line, with questions for the values."""
+    rng = random.Random(f"look back {seed}")
+    return _look_up(rng, num_lines, rng.choice(("above", "before")))
+
+
 def judgement(seed: int, num_lines: int = 0) -> Conversation:
     """A comparison of two values that are given; the verdict on them is to be learned.
 
@@ -101,7 +107,7 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
     return Conversation([page], [Turn("transcription", rng.choice(TRANSCRIBE_PHRASINGS[:-1]), page.text)])
 
 
-def _look_up(rng: random.Random, num_lines: int) -> Conversation:
+def _look_up(rng: random.Random, num_lines: int, form: str | None = None) -> Conversation:
     """Names with values after, before, below or above them; questions for some, and for names that are not there."""
     if rng.random() < 0.4:
         spelling = rng.choice((str, str.upper, str.lower))
@@ -111,7 +117,7 @@ def _look_up(rng: random.Random, num_lines: int) -> Conversation:
         printed_as = {name: name for name in _names(rng, num_lines + 1)}
         phrasings, first_letter = rng.choice((FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS)), str
     names = rng.sample(list(printed_as), rng.randint(2, min(num_lines, len(printed_as) - 1)) + 1)
-    page, known = _list(rng, {name: printed_as[name] for name in names[:-1]}, num_lines)
+    page, known = _list(rng, {name: printed_as[name] for name in names[:-1]}, num_lines, form=form)
     asked = rng.sample(list(known), min(7, len(known))) + names[len(known) :][:1]
     rng.shuffle(asked)
     turns = []

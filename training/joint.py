@@ -5,8 +5,8 @@
     python -m training.joint --output runs/joint --export nano                             # write the checkpoint
 
 Starts from a language model that reads perfect cells (stage 1) and eyes that imitate them (stage 2). The glyph loss of
-stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, which costs a third. With `--judgements`
-comparisons on perfect cells stand beside every step, of which only the verdicts are learned.
+stage 2 stays on, weakly. With `--freeze-eyes` only the language model learns, which costs a third. With `--drills`
+short lessons on perfect cells stand beside every step.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from training import ROOT
 from training.batches import Batch, Encoder, lessons_by_length
 from training.distil import Eye, draw_pages, glyph_loss
 from training.drawing import require_fonts
-from training.lessons import add_lesson_options, draw_judgements, draw_lesson, held_out_lesson
+from training.lessons import add_lesson_options, draw_drill, draw_lesson, held_out_lesson
 from training.nano import build_model, load_tokenizer, save_nano
-from training.perfect_cells import Reader, cells_of, judge
+from training.perfect_cells import Reader, cells_of, drill_loss
 from training.runs import (
     Run,
     Score,
@@ -151,10 +151,9 @@ def train(nano: Nano, encoder: Encoder, run: Run, arguments: argparse.Namespace,
         if pixels is not None and not arguments.freeze_eyes:
             glyphs = cells_of(batch, encoder)[:, 0].view(glyph_logits.shape[:2])
             loss = loss + GLYPH_LOSS_WEIGHT * glyph_loss(glyph_logits, glyphs, encoder.glyphs[" "])
-        if arguments.judgements:
-            loss = loss + judge(
-                nano.reader, short_encoder, draw_judgements(run.first_seed(arguments), arguments), numbers
-            )
+        if arguments.drills:
+            drill = draw_drill(run.first_seed(arguments), arguments)
+            loss = loss + drill_loss(nano.reader, short_encoder, drill, numbers)
         learn(nano, loss, optimizers)
         run.tick(nano, numbers, log_every=10)
         if run.state["step"] % 200 == 0 or run.progress >= 1:

@@ -4,7 +4,7 @@ import argparse
 import random
 
 from training.documents import KINDS, document
-from training.exercises import exercise, give_values, judgement
+from training.exercises import exercise, give_values, judgement, look_back
 from training.questions import PAGE_PHRASING, Conversation, Turn, ask, compare, read_out, text_only
 
 
@@ -16,7 +16,7 @@ def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> No
     parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
     parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
     parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
-    parser.add_argument("--judgements", type=int, default=0, help="comparisons beside a batch; fewer when with pages")
+    parser.add_argument("--drills", type=int, default=0, help="short lessons beside a batch; fewer when with pages")
     parser.set_defaults(**defaults)
 
 
@@ -27,18 +27,20 @@ def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
     return lesson(seed, tuple(arguments.kinds), arguments.long, arguments.pairs)
 
 
-def draw_judgements(first_seed: int, arguments: argparse.Namespace) -> list[Conversation]:
-    """Comparisons that cost little, of which only the verdict is learned: one word in an answer is lost in lessons.
+def draw_drill(first_seed: int, arguments: argparse.Namespace) -> tuple[str, list[Conversation]]:
+    """What is lost in lessons, alone and at little cost, and its name.
 
-    A batch is without pages, about short lists, or (fewer) about receipts and invoices.
+    Half of the drills are comparisons of which only the verdict is learned, one word in an answer: without pages, about
+    short lists, or (fewer) about receipts and invoices. The others ask for values that stand before their names.
     """
-    rng = random.Random(f"judgements {first_seed}")
-    how = rng.choice(("words", "lists", "documents"))
-    count = max(1, arguments.judgements // {"words": 1, "lists": 2, "documents": 6}[how])
-    seeds = [first_seed * 1000 + index for index in range(count)]
-    if how == "documents":
-        return [give_values(compare(seed, "train", 2)) for seed in seeds]
-    return [judgement(seed, {"words": 0, "lists": rng.choice((2, 4))}[how]) for seed in seeds]
+    rng = random.Random(f"drill {first_seed}")
+    what, share = rng.choice((("words", 1), ("lists", 2), ("documents", 6), *[("values before names", 3)] * 3))
+    seeds = [first_seed * 1000 + index for index in range(max(1, arguments.drills // share))]
+    if what == "values before names":
+        return what, [look_back(seed, rng.choice((4, 6, 9, 12))) for seed in seeds]
+    if what == "documents":
+        return "verdicts on documents", [give_values(compare(seed, "train", 2)) for seed in seeds]
+    return f"verdicts on {what}", [judgement(seed, {"words": 0, "lists": rng.choice((2, 4))}[what]) for seed in seeds]
 
 
 def held_out_lesson(seed: int, kinds: tuple[str, ...]) -> Conversation:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from training.batches import IGNORE, TOKENS_PER_TILE, Batch, Encoder, lessons_by_length
-from training.lessons import add_lesson_options, draw_judgements, draw_lesson, held_out_lesson
+from training.lessons import add_lesson_options, draw_drill, draw_lesson, held_out_lesson
 from training.nano import language_config, load_tokenizer
 from training.questions import Conversation
 from training.runs import Run, Score, build_optimizers, learn, load_weights, prepare_torch, run_parser, set_progress
@@ -81,12 +81,15 @@ def freeze_cells(model: Reader, encoder: Encoder) -> None:
     embedding.register_hook(lambda gradient: gradient * is_word)
 
 
-def judge(model: Reader, encoder: Encoder, judgements: list[Conversation], numbers: dict[str, float]) -> torch.Tensor:
-    """The loss on comparisons of which only the verdict is learned; the share of right ones is noted in `numbers`."""
-    logits, labels = model(encoder.batch(judgements), encoder)
+def drill_loss(
+    model: Reader, encoder: Encoder, drill: tuple[str, list[Conversation]], numbers: dict[str, float]
+) -> torch.Tensor:
+    """The loss on a drill; the share of right answers is noted in `numbers` under its name."""
+    name, conversations = drill
+    logits, labels = model(encoder.batch(conversations), encoder)
     score = Score(encoder.end[0])
     score.add(logits, labels)
-    numbers["verdicts on pages" if judgements[0].documents else "verdicts"] = score.shares["answers"]
+    numbers[name] = score.shares["answers"]
     return nn.functional.cross_entropy(logits, labels)
 
 
@@ -135,8 +138,8 @@ def main() -> None:
         logits, labels = model(pool.pop(), encoder, noise=arguments.noise)
         loss = nn.functional.cross_entropy(logits, labels)
         numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
-        if arguments.judgements:
-            loss = loss + judge(model, encoder, draw_judgements(run.first_seed(arguments), arguments), numbers)
+        if arguments.drills:
+            loss = loss + drill_loss(model, encoder, draw_drill(run.first_seed(arguments), arguments), numbers)
         learn(model, loss, optimizers)
         run.tick(model, numbers)
         if run.state["step"] % 200 == 0 or run.progress >= 1:
