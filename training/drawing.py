@@ -44,6 +44,15 @@ FONTS = {
         ("font_source_serif_pro", "files/SourceSerifPro-Bold.ttf", "OFL 1.1"),
         ("font_caladea", "files/Caladea-Regular.ttf", "Apache 2.0"),
     ),
+    "training only": (  # came later; evaluation keeps its pictures
+        ("ttf_opensans", "ttf/OpenSans-Regular.ttf", "Apache 2.0"),
+        ("ttf_opensans", "ttf/OpenSans-SemiBold.ttf", "Apache 2.0"),
+        ("ttf_opensans", "ttf/OpenSans-Italic.ttf", "Apache 2.0"),
+        ("font_lato", "files/Lato-Regular.ttf", "OFL 1.1"),
+        ("font_lato", "files/Lato-Bold.ttf", "OFL 1.1"),
+        ("font_lato", "files/Lato-Italic.ttf", "OFL 1.1"),
+        ("captcha", "data/DroidSansMono.ttf", "Apache 2.0"),
+    ),
     "heldout": (
         ("font_manrope", "files/Manrope-Medium.ttf", "OFL 1.1"),
         ("matplotlib", "mpl-data/fonts/ttf/DejaVuSansMono-Oblique.ttf", "Bitstream Vera"),
@@ -82,6 +91,7 @@ def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style
     """
     rng = random.Random(f"style {split} {seed}")
     fonts = FONTS["heldout"] if split == "heldout" and rng.random() < 0.5 else FONTS["train"]
+    fonts += FONTS["training only"] if split == "train" else ()
     fonts = [font for font in fonts if font_path(font)] or [("", "", "")]
     cell_height = rng.choice((24, 28, 32, 32, 36))
     return Style(

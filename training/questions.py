@@ -95,6 +95,14 @@ SYNONYMS = {
     "highest": ("highest", "largest"),
     "lowest": ("lowest", "smallest"),
 }
+# "Who is the seller?" may be asked for these; only in lessons, so that evaluation keeps its questions.
+PEOPLE = {
+    "supplier": ("supplier", "seller"),
+    "customer": ("customer",),
+    "recipient": ("recipient",),
+    "sender": ("sender",),
+    "employer": ("employer",),
+}
 # What a reader may expect on each kind of document, so that asking for it in vain is a fair question.
 EXPECTED = {
     "receipt": words(
@@ -166,7 +174,12 @@ class Asker:
         name = self.rng.choice(list(page.fields))
         if name in ("highest", "lowest"):
             return self.turn("chart", with_name(page.fields[name], page.prices), FIELD_PHRASINGS, self.name_of(name))
-        return self.turn("field", page.fields[name], FIELD_PHRASINGS, self.name_of(name))
+        return self._about_field("field", name, page.fields[name])
+
+    def _about_field(self, task: str, name: str, answer: str) -> Turn:
+        if self.split == "train" and name in PEOPLE and self.rng.random() < 0.25:
+            return Turn(task, f"Who is the {self.rng.choice(PEOPLE[name])}?", answer)
+        return self.turn(task, answer, FIELD_PHRASINGS, self.name_of(name))
 
     def price(self, page: Document) -> Turn:
         name = self.rng.choice(list(page.prices))
@@ -188,7 +201,7 @@ class Asker:
                 return self._about_thing(page, self.rng.choice(names), ABSENT)
         if not missing:
             return self.field(page)
-        return self.turn("absent", ABSENT, FIELD_PHRASINGS, self.name_of(self.rng.choice(missing)))
+        return self._about_field("absent", self.rng.choice(missing), ABSENT)
 
     def check(self, page: Document) -> Turn:
         """Yes/no: the true value, or one from another document of the kind."""
