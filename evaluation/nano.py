@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    require_fonts()
+    require_fonts("heldout")
     model, processor = load(arguments.model)
 
     questions = make_questions(arguments.documents, tuple(arguments.kinds))

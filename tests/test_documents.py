@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from training import drawing
 from training.batches import IGNORE, Encoder
 from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, Draft, document, in_order
 from training.drawing import FONTS, draw, random_style
-from training.exercises import PRINTED_AS, exercise, judgement
+from training.exercises import PRINTED_AS, _list, exercise, judgement, look_back
 from training.lessons import lesson
 from training.nano import load_tokenizer, tiles_of
 from training.questions import (
@@ -20,6 +21,7 @@ from training.questions import (
     COMPARE_PHRASINGS,
     FIELD_PHRASINGS,
     HTML_PHRASINGS,
+    PEOPLE,
     PRICE_PHRASINGS,
     TRANSCRIBE_PHRASINGS,
     VALUE_PHRASINGS,
@@ -84,7 +86,7 @@ def test_splits_share_no_values_and_the_last_layout_is_held_out():
     assert any(document(seed, "heldout").layout == NUM_LAYOUTS - 1 for seed in SEEDS)
 
 
-def test_training_pages_come_in_many_orders_but_never_begin_as_the_held_out_one():
+def test_shuffled_pages_never_begin_as_the_held_out_order_does():
     blocks = [["a"], ["b"], [], ["c"], ["d"]]
     a, b, none, c, d = blocks
     orders = ([a, b, none, c, d], [b, a, none, c, d], [c, a, none, b, d], [none, d, c, b, a])
@@ -99,10 +101,25 @@ def test_training_pages_come_in_many_orders_but_never_begin_as_the_held_out_one(
     assert seen["heldout"] == {"abcd", "bacd", "cabd", "dcba"}
     assert {"abcd", "bacd", "cabd"} < seen["train"] and len(seen["train"]) > 8
     assert all(order[0] != "d" and order[1] != "c" for order in seen["train"])
+    # Receipts: the first block of the held-out order, the header, is the first of two others too.
+    header, meta, bought, sums = [["h"], ["m"], ["b"], ["s"]]
+    orders = ([header, meta, bought, sums], [meta, header, bought, sums], [header, bought, sums, meta])
+    found = set()
+    for seed in range(300):
+        rng = random.Random(seed)
+        order = in_order(Draft(rng, Values(rng)), (*orders, [header, sums, meta, bought]), seed % 3)
+        found.add("".join(block[0] for block in order))
+    assert len(found) > 8 and not any(order.startswith("hs") for order in found)
+    assert {order for order in found if order.startswith("h")} == {"hmbs", "hbsm"}
 
 
-def test_held_out_fonts_and_phrasings_are_never_drawn_for_training():
-    assert all(random_style(seed).font not in FONTS["heldout"] for seed in range(200))
+def test_held_out_fonts_and_phrasings_are_never_drawn_for_training(monkeypatch):
+    monkeypatch.setattr(drawing, "font_path", lambda font: "as if all were installed")
+    drawn = {split: {random_style(seed, split).font for seed in range(400)} for split in ("train", "heldout")}
+    assert drawn == {
+        "train": {*FONTS["train"], *FONTS["training only"]},
+        "heldout": {*FONTS["train"], *FONTS["heldout"]},
+    }
     for seed in SEEDS:
         assert all(turn.seen for turn in ask(seed, "train", document(seed), 6).turns)
     assert any(not turn.seen for seed in SEEDS for turn in ask(seed, "heldout", document(seed, "heldout"), 6).turns)
@@ -119,6 +136,37 @@ def test_answers_come_from_the_page_and_absent_fields_do_not():
                 assert page.prices[name] == value == str(judge(map(int, page.prices.values())))
             else:
                 assert turn.answer in (ABSENT, "Yes.", "No.") or turn.answer in printed
+
+
+def test_who_somebody_is_is_asked_in_training_only():
+    asked = {
+        split: [
+            (turn.question, turn.answer, page)
+            for seed in range(200)
+            for page in [document(seed, split)]
+            for turn in ask(seed, split, page, 6).turns
+            if turn.question.startswith("Who")
+        ]
+        for split in ("train", "heldout")
+    }
+    assert not asked["heldout"]
+    names = {synonym: name for name, synonyms in PEOPLE.items() for synonym in synonyms}
+    for question, answer, page in asked["train"]:
+        name = names[question.removeprefix("Who is the ").removesuffix("?")]
+        assert answer == page.fields.get(name, ABSENT)
+    assert {answer == ABSENT for _, answer, _ in asked["train"]} == {True, False}
+
+
+def test_what_looks_back_stands_before_its_name():
+    labels = {"abc": "ABC", "def": "Def", "ghi": "ghi"}
+    for seed in range(100):
+        page, known = _list(random.Random(seed), labels, 9, form="before")
+        assert [f"{value} {labels[name]}" for name, value in known.items()] == [line for line in page.lines if line]
+        page, known = _list(random.Random(seed), labels, 9, form="above")
+        for name, value in known.items():
+            row = next(row for row, line in enumerate(page.lines) if re.fullmatch(rf"[\W_]{labels[name]}[\W_]", line))
+            assert page.lines[row - 1] == value and page.lines[row][0] != "("
+        assert len(known) == 3
 
 
 def test_a_table_becomes_html_cell_by_cell():
@@ -218,7 +266,7 @@ def test_exercises_keep_held_out_phrasings_and_layouts_out():
     taught_fields -= {phrasing.format(name) for phrasing in held_out[:3] for name in PRINTED_AS}
     patterns = [re.compile(re.sub(r"\\\{\d?\\\}", "(.+)", re.escape(phrasing))) for phrasing in held_out]
     for seed in range(300):
-        for conversation in (exercise(seed, 10, 0.8), judgement(seed), judgement(seed, 4)):
+        for conversation in (exercise(seed, 10, 0.8), look_back(seed, 9), judgement(seed), judgement(seed, 4)):
             for turn in conversation.turns:
                 if turn.question not in taught_fields:  # "Give the date of birth, please." is no cell of a table
                     assert not any(pattern.fullmatch(turn.question) for pattern in patterns)

@@ -27,7 +27,7 @@ class Document:
 
     Attributes:
         kind: "receipt", "invoice", "form", "table", "letter", "bar chart" or "line chart".
-        layout: index of the arrangement; `NUM_LAYOUTS - 1` never occurs in training.
+        layout: index of the arrangement (`NUM_LAYOUTS - 1` never occurs in training), whose blocks training may shuffle.
         lines: the printed rows, at most `COLUMNS` characters each; a multiple of `ROWS_PER_PAGE` of them.
         fields: what can be asked, by name; each value is printed exactly so.
         prices: price (or chart value, or table cell) of each thing named in the document.
@@ -105,8 +105,8 @@ class Draft:
 def in_order(draft: Draft, orders: tuple[list[list[str]], ...], layout: int) -> list[list[str]]:
     """The blocks that have lines, in the order of the layout.
 
-    In training two in five pages have any other order, since three would be known by heart; but the first two blocks
-    of the held-out order, the last one, are never where they stand there.
+    In training two in five pages have their blocks shuffled, since three orders would be known by heart. A shuffled
+    page has neither the first nor the second block of the held-out order (the last of `orders`) in its place.
     """
     order, held_out = ([block for block in orders[index] if block] for index in (layout, NUM_LAYOUTS - 1))
     if draft.values.split == "train" and draft.maybe(0.4):

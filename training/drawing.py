@@ -44,14 +44,14 @@ FONTS = {
         ("font_source_serif_pro", "files/SourceSerifPro-Bold.ttf", "OFL 1.1"),
         ("font_caladea", "files/Caladea-Regular.ttf", "Apache 2.0"),
     ),
-    "training only": (  # came later; evaluation keeps its pictures
+    "training only": (  # came later; evaluation keeps its pictures, and calls a font seen when it is in "train"
         ("ttf_opensans", "ttf/OpenSans-Regular.ttf", "Apache 2.0"),
         ("ttf_opensans", "ttf/OpenSans-SemiBold.ttf", "Apache 2.0"),
         ("ttf_opensans", "ttf/OpenSans-Italic.ttf", "Apache 2.0"),
         ("font_lato", "files/Lato-Regular.ttf", "OFL 1.1"),
         ("font_lato", "files/Lato-Bold.ttf", "OFL 1.1"),
         ("font_lato", "files/Lato-Italic.ttf", "OFL 1.1"),
-        ("captcha", "data/DroidSansMono.ttf", "Apache 2.0"),
+        ("captcha", "data/DroidSansMono.ttf", "Apache 2.0"),  # Droid Sans Mono comes with it
     ),
     "heldout": (
         ("font_manrope", "files/Manrope-Medium.ttf", "OFL 1.1"),
@@ -123,13 +123,14 @@ def font_path(font: tuple[str, str, str]) -> str | None:
     return str(found) if found.exists() else None
 
 
-def require_fonts() -> None:
-    """Check that the packages of all fonts are there, for work whose numbers depend on them.
+def require_fonts(split: str = "train") -> None:
+    """Check that the packages of all fonts of a split are there, for work whose numbers depend on them.
 
     Raises:
         ImportError: with the command that installs what is missing.
     """
-    missing = sorted({font[0] for fonts in FONTS.values() for font in fonts if not font_path(font)})
+    drawn = [font for name, fonts in FONTS.items() if name != "training only" or split == "train" for font in fonts]
+    missing = sorted({font[0] for font in drawn if not font_path(font)})
     if missing:
         raise ImportError(
             f"Fonts are missing: pip install {' '.join(package.replace('_', '-') for package in missing)}. Without them "

@@ -26,7 +26,7 @@ from training.questions import (
 
 ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-# Around names below their values: any two of the same sign, or these; documents have round ones, so exercises have not.
+# Around names below their values: these, or any sign twice; documents have round ones, so exercises have not.
 BRACKETS = ("[]", "<>", "{}", *(2 * sign for sign in string.punctuation if sign not in "()"))
 # Where the value stands, and how often: what stands before its name is the hardest to find.
 FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
@@ -266,7 +266,7 @@ def _list(
             "colon": [f"{label}: {value}"],
             "below": [label, value],
             "above": [value, f"{opening}{label}{closing}"],
-            "before": [f"{indent}{value} {label}"],
+            "before": [f"{value} {label}"],  # to the right only in the held-out bar charts
         }[form]
         if len(lines) + len(printed) > num_lines:
             break
@@ -290,9 +290,7 @@ def _print(rng: random.Random, lines: list[str], together: int = 1) -> Document:
     """Put lines on a page in their order, so many `together`, with blank rows anywhere between them or below them."""
     blocks = [lines[start : start + together] for start in range(0, len(lines), together)]
     num_blank = ROWS_PER_PAGE - len(lines)
-    after = (
-        sorted(rng.choices(range(len(blocks) + 1), k=num_blank)) if rng.random() < 0.5 else [len(blocks)] * num_blank
-    )
+    after = rng.choices(range(len(blocks) + 1), k=num_blank) if rng.random() < 0.5 else [len(blocks)] * num_blank
     page = Document("exercise", 0, [""] * after.count(0))
     for index, block in enumerate(blocks, start=1):
         page.lines += [*(line.rstrip() for line in block), *[""] * after.count(index)]

@@ -28,7 +28,7 @@ def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
 
 
 def draw_drill(first_seed: int, arguments: argparse.Namespace) -> tuple[str, list[Conversation]]:
-    """What is lost in lessons, alone and at little cost, and its name.
+    """The name of a drill and its conversations: short lessons about what is learned too slowly among others.
 
     Half of the drills are comparisons of which only the verdict is learned, one word in an answer: without pages, about
     short lists, or (fewer) about receipts and invoices. The others ask for values that stand before their names.
