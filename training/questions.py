@@ -96,13 +96,7 @@ SYNONYMS = {
     "lowest": ("lowest", "smallest"),
 }
 # "Who is the seller?" may be asked for these; only in lessons, so that evaluation keeps its questions.
-PEOPLE = {
-    "supplier": ("supplier", "seller"),
-    "customer": ("customer",),
-    "recipient": ("recipient",),
-    "sender": ("sender",),
-    "employer": ("employer",),
-}
+PEOPLE = words("supplier customer recipient sender employer")
 # What a reader may expect on each kind of document, so that asking for it in vain is a fair question.
 EXPECTED = {
     "receipt": words(
@@ -178,7 +172,8 @@ class Asker:
 
     def _about_field(self, task: str, name: str, answer: str) -> Turn:
         if self.split == "train" and name in PEOPLE and self.rng.random() < 0.25:
-            return Turn(task, f"Who is the {self.rng.choice(PEOPLE[name])}?", answer)
+            whom = [word for word in SYNONYMS.get(name, (name,)) if " " not in word]  # not "name of the shop"
+            return Turn(task, f"Who is the {self.rng.choice(whom)}?", answer)
         return self.turn(task, answer, FIELD_PHRASINGS, self.name_of(name))
 
     def price(self, page: Document) -> Turn:
