@@ -4,16 +4,21 @@ A sequence is `<|begin_of_text|>`, then per turn a user and an assistant block; 
 256 `<image>` per tile, `</img>` and a line break. Only answers (with their `<|eot_id|>`) carry loss.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from training.documents import COLUMNS, ROWS_PER_PAGE, Document
-from training.questions import Conversation
+from training.questions import ABSENT, PAGE_VERDICTS, TEXT_QUESTIONS, Conversation
+from training.tokenizer import MARKUP
 
 TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
 IGNORE = -100
+VERDICTS = (*PAGE_VERDICTS, "Yes.", "No.")
+PIECES = re.compile(f"{'|'.join(MARKUP)}|.", re.DOTALL)
+SENTENCES = {ABSENT, *VERDICTS, *TEXT_QUESTIONS}  # answers that stand on no page
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Encoder:
         self.end = self.encode("<|eot_id|>")
         self.glyphs = {chr(code): self.encode(chr(code))[0] for code in range(32, 127)}
         self.glyphs.update({sign: self.encode(sign)[0] for sign in "\u20ac\u00a3"})
+        self.pieces = self.glyphs | {piece: self.encode(piece)[0] for piece in ("\n", *MARKUP)}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -70,6 +76,18 @@ class Encoder:
         start = self.start if index == 0 else []
         return [*start, *self.user, *images, *self.encode(conversation.turns[index].question), *self.assistant]
 
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer: what stands on pages glyph by glyph, sentences of our own in words.
+
+        The tokenizer has a token for "Total", but a reader who sees a T does not know yet whether it is "Total" or "To".
+        """
+        if text in SENTENCES:
+            return self.encode(text)
+        printed = next(
+            (text.removesuffix(f" {verdict}") for verdict in VERDICTS if text.endswith(f". {verdict}")), text
+        )
+        return [self.pieces[piece] for piece in PIECES.findall(printed)] + self.encode(text.removeprefix(printed))
+
     def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:
         """Return `(input_ids, labels)` of the first `num_turns` turns, all by default.
 
@@ -79,10 +97,10 @@ class Encoder:
         labels: list[int] = []
         for index, turn in enumerate(conversation.turns[:num_turns]):
             question = self._question(conversation, index)
-            given = self.encode(turn.given)
-            answer = [*self.encode(turn.answer.removeprefix(turn.given)), *self.end]
-            ids += question + given + answer
-            labels += [IGNORE] * (len(question) + len(given)) + answer
+            given = len(self.answer(turn.given))
+            answer = [*self.answer(turn.answer), *self.end]
+            ids += question + answer
+            labels += [IGNORE] * (len(question) + given) + answer[given:]
         return ids, labels
 
     def rows(self, page: Document) -> list[int]:

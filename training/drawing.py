@@ -79,6 +79,7 @@ class Style:
     shade: float
     jpeg_quality: int
     weight: float = 0.0  # of strokes: 1 is a pixel wider on each side, -1 a pixel narrower
+    stretch: float = 1.0  # width of characters, of what the font has
 
 
 def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style:
@@ -109,6 +110,7 @@ def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style
         jpeg_quality=rng.choice((0, rng.randint(45, 95))) if trouble else 0,
         # What stands in for all the fonts that training does not have.
         weight=rng.choice((0.0, rng.uniform(-0.5, 0.6))) * trouble if split == "train" else 0.0,
+        stretch=rng.choice((0.85, 0.92, 1.0, 1.0, 1.08, 1.15)) if split == "train" and trouble else 1.0,
     )
 
 
@@ -146,12 +148,14 @@ def load_font(font: tuple[str, str, str], size: int) -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=20000)
-def glyph(font: tuple[str, str, str], size: int, character: str, cell_width: int, cell_height: int) -> np.ndarray:
+def glyph(
+    font: tuple[str, str, str], size: int, character: str, cell_width: int, cell_height: int, stretch: float = 1.0
+) -> np.ndarray:
     """Ink of one character in its cell, `(cell_height, cell_width)`, 0 to 255; too wide ones are narrowed."""
     loaded = load_font(font, size)
     ascent, descent = loaded.getmetrics()
     width = max(1, round(loaded.getlength(character)))
-    cell = Image.new("L", (max(width, cell_width), cell_height))
+    cell = Image.new("L", (max(width, round(cell_width / stretch)), cell_height))
     left = (cell.width - width) / 2
     ImageDraw.Draw(cell).text((left, (cell_height - ascent - descent) / 2), character, fill=255, font=loaded)
     return np.asarray(cell if cell.width == cell_width else cell.resize((cell_width, cell_height)))
@@ -189,7 +193,7 @@ def _print_characters(page: Document, style: Style) -> Image.Image:
         for column, character in enumerate(line):
             if character != " ":
                 cell = ink[row * height : (row + 1) * height, column * width : (column + 1) * width]
-                cell[:] = glyph(style.font, size, character, width, height)
+                cell[:] = glyph(style.font, size, character, width, height, style.stretch)
     printed = Image.fromarray(np.roll(ink, style.shift[::-1], (0, 1)))
     if style.weight:
         other = printed.filter(ImageFilter.MaxFilter(3) if style.weight > 0 else ImageFilter.MinFilter(3))

@@ -97,8 +97,8 @@ def load_nano(nano: Nano, directory: Path) -> None:
 def main() -> None:
     parser = run_parser(__doc__, minutes=20, batch_size=6, muon_lr=0.01, adamw_lr=5e-4, seed=1)
     parser.add_argument("--start-from", type=Path, help="written checkpoint to go on from, instead of stages 1 and 2")
-    parser.add_argument("--language", type=Path, help="run of training.perfect_cells")
-    parser.add_argument("--eyes", type=Path, help="run of training.distil")
+    parser.add_argument("--language", type=Path, help="run of training.perfect_cells or joint")
+    parser.add_argument("--eyes", type=Path, help="run of training.distil or joint")
     parser.add_argument("--export", type=Path, help="write the checkpoint there instead of training")
     parser.add_argument("--freeze-eyes", action="store_true", help="train the language model alone")
     parser.add_argument("--cells", type=float, default=0.0, help="share of steps on perfect cells instead of pictures")
@@ -115,8 +115,8 @@ def main() -> None:
     if not run.resume(nano) and arguments.start_from:
         load_nano(nano, arguments.start_from)
     elif not run.state["step"]:
-        load_weights(nano.reader, arguments.language / "model.safetensors")
-        load_weights(nano.eye, arguments.eyes / "model.safetensors")
+        load_weights(nano.reader, arguments.language / "model.safetensors", "reader.")
+        load_weights(nano.eye, arguments.eyes / "model.safetensors", "eye.")
     if arguments.export:
         export(nano, arguments.export)
         return

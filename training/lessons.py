@@ -7,6 +7,16 @@ from training.documents import KINDS, document
 from training.exercises import exercise, give_values, judgement, look_back
 from training.questions import PAGE_PHRASING, Conversation, Turn, ask, compare, read_out, text_only
 
+# How often, which share of `--drills` (the longer, the fewer), and what draws one. Of comparisons only the verdict is
+# learned, one word in an answer.
+DRILLS = {
+    "verdicts on words": (2, 1, lambda seed, rng: judgement(seed)),
+    "verdicts on lists": (2, 2, lambda seed, rng: judgement(seed, rng.choice((2, 4)))),
+    "verdicts on documents": (2, 6, lambda seed, rng: give_values(compare(seed, "train", 2))),
+    "values before names": (3, 3, lambda seed, rng: look_back(seed, rng.choice((4, 6, 9, 12)))),
+    "copying": (2, 6, lambda seed, rng: exercise(seed, rng.choice((5, 8, 14)))),
+}
+
 
 def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
     """The options that say what to teach."""
@@ -28,19 +38,12 @@ def draw_lesson(seed: int, arguments: argparse.Namespace) -> Conversation:
 
 
 def draw_drill(first_seed: int, arguments: argparse.Namespace) -> tuple[str, list[Conversation]]:
-    """The name of a drill and its conversations: short lessons about what is learned too slowly among others.
-
-    Half of the drills are comparisons of which only the verdict is learned, one word in an answer: without pages, about
-    short lists, or (fewer) about receipts and invoices. The others ask for values that stand before their names.
-    """
+    """The name of a drill and its conversations: short lessons about what is learned too slowly among others."""
     rng = random.Random(f"drill {first_seed}")
-    what, share = rng.choice((("words", 1), ("lists", 2), ("documents", 6), *[("values before names", 3)] * 3))
-    seeds = [first_seed * 1000 + index for index in range(max(1, arguments.drills // share))]
-    if what == "values before names":
-        return what, [look_back(seed, rng.choice((4, 6, 9, 12))) for seed in seeds]
-    if what == "documents":
-        return "verdicts on documents", [give_values(compare(seed, "train", 2)) for seed in seeds]
-    return f"verdicts on {what}", [judgement(seed, {"words": 0, "lists": rng.choice((2, 4))}[what]) for seed in seeds]
+    name = rng.choices(list(DRILLS), [weight for weight, _, _ in DRILLS.values()])[0]
+    _, share, draw = DRILLS[name]
+    seeds = range(first_seed * 1000, first_seed * 1000 + max(1, arguments.drills // share))
+    return name, [draw(seed, rng) for seed in seeds]
 
 
 def held_out_lesson(seed: int, kinds: tuple[str, ...]) -> Conversation:

@@ -54,6 +54,9 @@ def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--adamw-lr", type=float)
+    parser.add_argument(
+        "--fall", type=float, default=0.4, help="share of the minutes over which the rate falls to zero"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the lessons; what a run has seen, another seed has not"
@@ -81,7 +84,7 @@ def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[to
         optimizers.append(Muon(matrices, lr=arguments.muon_lr, weight_decay=arguments.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"], group["fall"] = group["lr"], arguments.fall
     return optimizers
 
 
@@ -99,11 +102,11 @@ def learn(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Opt
 
 
 def set_progress(optimizers: list[torch.optim.Optimizer], progress: float, steps_since_start: int) -> None:
-    """Warm up over 50 steps (after every restart), keep the rate, let it fall to zero over the last 40 %."""
-    factor = min(1.0, (steps_since_start + 1) / 50) * min(1.0, max(0.02, (1 - progress) / 0.4))
+    """Warm up over 50 steps (after every restart), keep the rate, let it fall to zero as `--fall` says."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            falling = min(1.0, max(0.02, (1 - progress) / group["fall"]))
+            group["lr"] = group["peak_lr"] * min(1.0, (steps_since_start + 1) / 50) * falling
 
 
 class Run:
