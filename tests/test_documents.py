@@ -207,6 +207,14 @@ def test_only_answers_carry_loss(encoder):
     assert ids[: len(encoder.prompt(conversation))] == encoder.prompt(conversation)
 
 
+def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words(encoder):
+    spelled = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
+    assert spelled("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
+    assert spelled("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
+    assert spelled("1 and 2. The first.")[-4:] == ["h", "e", "\u0120first", "."]
+    assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
+
+
 @pytest.mark.parametrize("num_lines", [3, 9, ROWS_PER_PAGE])
 def test_exercises_ask_for_what_is_printed(num_lines):
     tasks = Counter()
@@ -231,6 +239,19 @@ def test_exercises_ask_for_what_is_printed(num_lines):
             elif turn.task in ("field", "cell") and turn.answer != ABSENT:
                 assert turn.answer in printed
     assert set(tasks) == {"transcription", "field", "cell", "compare", "html", "chart"}
+
+
+def test_half_of_the_copies_have_lines_that_begin_alike():
+    alike = 0
+    for seed in range(100):
+        beginnings = [line.lstrip()[:4] for line in exercise(seed, 12).documents[0].lines if line]
+        alike += len(set(beginnings)) < len(beginnings)
+    assert 25 < alike < 60
+
+
+def test_captions_are_asked_for_as_names_of_documents_are():
+    questions = [turn.question for seed in range(200) for turn in exercise(seed, 12, 1.0).turns]
+    assert {"Due date?", "Customer number?", "Total?"} <= set(questions)
 
 
 def test_what_exercises_call_absent_is_not_printed():

@@ -18,12 +18,12 @@ from torch import distributed, nn
 from torch.multiprocessing import spawn
 
 from training import distil, joint, perfect_cells
-from training.batches import IGNORE, Encoder
+from training.batches import Encoder
 from training.curve import draw_curve, read_log
 from training.drawing import require_fonts
-from training.lessons import draw_drill, lesson
+from training.lessons import draw_drill
 from training.nano import load_tokenizer
-from training.questions import ABSENT, Conversation, Turn, verdict_of
+from training.questions import ABSENT, verdict_of
 from training.runs import Score, average, learn, load_weights, prepare_torch
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
@@ -105,25 +105,6 @@ def test_drills_cost_little_and_are_what_they_say():
                 assert all(turn.answer == f"{turn.given} {verdict_of(turn.answer)}" for turn in conversation.turns)
                 assert bool(conversation.documents) == (name != "verdicts on words")
     assert drills[0] == draw_drill(0, arguments) != draw_drill(1, arguments)
-
-
-def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words():
-    encoder = Encoder(load_tokenizer())
-    spelled = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
-    assert spelled("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
-    assert spelled("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
-    assert len(spelled("1.50 and 2. The first.")) == len("1.50 and 2. The first.") - len(" first") + 1
-    assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
-    for seed in range(100):
-        answers = [turn.answer for turn in lesson(seed, share_of_long=0.1, share_of_pairs=0.3).turns]
-        assert [encoder.tokenizer.decode(encoder.answer(answer)) for answer in answers] == answers
-
-
-def test_a_given_beginning_has_no_loss():
-    encoder = Encoder(load_tokenizer())
-    turn = Turn("compare", "Which date?", "1.50 and 2. The first.", given="1.50 and 2.")
-    _, labels = encoder.conversation(Conversation([], [turn]))
-    assert encoder.tokenizer.decode([label for label in labels if label != IGNORE]) == " The first.<|eot_id|>"
 
 
 def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
