@@ -55,7 +55,7 @@ def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--adamw-lr", type=float)
     parser.add_argument(
-        "--fall", type=float, default=0.4, help="share of the minutes over which the rate falls to zero"
+        "--fall", type=float, default=0.4, help="share of the minutes over which the rate falls to zero; 0: never"
     )
     parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument(
@@ -105,7 +105,7 @@ def set_progress(optimizers: list[torch.optim.Optimizer], progress: float, steps
     """Warm up over 50 steps (after every restart), keep the rate, let it fall to zero as `--fall` says."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            falling = min(1.0, max(0.02, (1 - progress) / group["fall"]))
+            falling = min(1.0, max(0.02, (1 - progress) / group["fall"])) if group["fall"] else 1.0
             group["lr"] = group["peak_lr"] * min(1.0, (steps_since_start + 1) / 50) * falling
 
 
