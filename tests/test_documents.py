@@ -76,6 +76,14 @@ def test_one_page_is_one_tile_in_every_style():
     assert tiles_of(pictures).shape == (12, 3, 512, 512)
 
 
+def test_stretched_characters_are_as_much_wider():
+    def width(stretch: float) -> int:
+        ink = drawing.glyph(("", "", ""), 60, "m", 120, 80, stretch).max(0) > 127
+        return int(ink.nonzero()[0].max() - ink.nonzero()[0].min()) + 1
+
+    assert [round(width(stretch) / width(1.0), 1) for stretch in (0.8, 1.0, 1.2)] == [0.8, 1.0, 1.2]
+
+
 def test_splits_share_no_values_and_the_last_layout_is_held_out():
     for seed in SEEDS:
         for split in ("train", "heldout"):
@@ -211,7 +219,8 @@ def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words(enc
     spelled = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
     assert spelled("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
     assert spelled("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
-    assert spelled("1 and 2. The first.")[-4:] == ["h", "e", "\u0120first", "."]
+    assert spelled("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
+    assert encoder.answer("\u00e9") == encoder.encode("\u00e9")  # on no drawn page
     assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
 
 
@@ -241,12 +250,12 @@ def test_exercises_ask_for_what_is_printed(num_lines):
     assert set(tasks) == {"transcription", "field", "cell", "compare", "html", "chart"}
 
 
-def test_half_of_the_copies_have_lines_that_begin_alike():
+def test_many_copies_have_lines_that_begin_alike():
     alike = 0
     for seed in range(100):
         beginnings = [line.lstrip()[:4] for line in exercise(seed, 12).documents[0].lines if line]
         alike += len(set(beginnings)) < len(beginnings)
-    assert 25 < alike < 60
+    assert 30 < alike < 55
 
 
 def test_captions_are_asked_for_as_names_of_documents_are():

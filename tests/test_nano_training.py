@@ -24,7 +24,16 @@ from training.drawing import require_fonts
 from training.lessons import draw_drill
 from training.nano import load_tokenizer
 from training.questions import ABSENT, verdict_of
-from training.runs import Score, average, learn, load_weights, prepare_torch
+from training.runs import (
+    Score,
+    average,
+    build_optimizers,
+    learn,
+    load_weights,
+    prepare_torch,
+    run_parser,
+    set_progress,
+)
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
 
@@ -62,6 +71,27 @@ def test_answers_are_counted_token_by_token_and_as_a_whole():
     score = Score(end)
     score.add(nn.functional.one_hot(torch.tensor([1, 7, 9, 3, 9]), 10).float(), labels)
     assert score.shares == {"tokens": 0.8, "answers": 0.5}
+
+
+@pytest.mark.parametrize(("fall", "rates"), [("0", [1, 1, 1]), ("0.4", [1, 1, 0.02]), ("1", [1, 0.5, 0.02])])
+def test_the_rate_falls_over_the_share_that_was_asked_for(fall, rates):
+    arguments = run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(["--output", "run", "--fall", fall])
+    optimizers = build_optimizers(nn.Linear(2, 2), arguments)
+    for progress, rate in zip((0.0, 0.5, 1.0), rates, strict=True):
+        set_progress(optimizers, progress, steps_since_start=100)
+        assert optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_share_is_from_0_to_1(capsys):
+    with pytest.raises(SystemExit):
+        run_parser("", minutes=1).parse_args(["--output", "run", "--fall", "40"])
+    assert "40 is no share" in capsys.readouterr().err
+
+
+def test_pictures_need_eyes_and_a_reader(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        run(joint, "--output", tmp_path, "--language", tmp_path, monkeypatch=monkeypatch)
+    assert "--language and --eyes" in capsys.readouterr().err
 
 
 def test_one_process_averages_nothing():

@@ -57,7 +57,7 @@ class Encoder:
         self.end = self.encode("<|eot_id|>")
         self.glyphs = {chr(code): self.encode(chr(code))[0] for code in range(32, 127)}
         self.glyphs.update({sign: self.encode(sign)[0] for sign in "\u20ac\u00a3"})
-        self.pieces = self.glyphs | {piece: self.encode(piece)[0] for piece in ("\n", *MARKUP)}
+        self.pieces = {piece: self.encode(piece) for piece in (*self.glyphs, "\n", *MARKUP)}
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -77,16 +77,18 @@ class Encoder:
         return [*start, *self.user, *images, *self.encode(conversation.turns[index].question), *self.assistant]
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer: what stands on pages glyph by glyph, sentences of our own in words.
+        """Ids of an answer: what stands on pages glyph by glyph, and so the "and" between two values; sentences in words.
 
         The tokenizer has a token for "Total", but a reader who sees a T does not know yet whether it is "Total" or "To".
+        In a later prompt of `chat()` an earlier answer has the tokenizer's words.
         """
         if text in SENTENCES:
             return self.encode(text)
         printed = next(
             (text.removesuffix(f" {verdict}") for verdict in VERDICTS if text.endswith(f". {verdict}")), text
         )
-        return [self.pieces[piece] for piece in PIECES.findall(printed)] + self.encode(text.removeprefix(printed))
+        spelled = [self.pieces.get(piece) or self.encode(piece) for piece in PIECES.findall(printed)]
+        return [token for tokens in spelled for token in tokens] + self.encode(text.removeprefix(printed))
 
     def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:
         """Return `(input_ids, labels)` of the first `num_turns` turns, all by default.

@@ -105,6 +105,9 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.0, help="of these cells, relative to their deviation")
     add_lesson_options(parser, long=0.1, pairs=0.1)
     arguments = parser.parse_args()
+    going_on = arguments.start_from or (arguments.output / "model.safetensors").exists()
+    if not going_on and not (arguments.language and arguments.eyes):
+        parser.error("a new run needs --start-from, or --language and --eyes")
     prepare_torch(arguments.threads)
     require_fonts()
 

@@ -46,6 +46,13 @@ def average(tensors: list[torch.Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def share(text: str) -> float:
+    """A command line's number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: a number from 0 to 1 is needed")
+    return float(text)
+
+
 def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     """The options that every stage of the training has, with the stage's defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +62,7 @@ def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     parser.add_argument("--muon-lr", type=float)
     parser.add_argument("--adamw-lr", type=float)
     parser.add_argument(
-        "--fall", type=float, default=0.4, help="share of the minutes over which the rate falls to zero; 0: never"
+        "--fall", type=share, default=0.4, help="share of the minutes in which the rate falls; 0: never"
     )
     parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument(
@@ -102,7 +109,7 @@ def learn(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Opt
 
 
 def set_progress(optimizers: list[torch.optim.Optimizer], progress: float, steps_since_start: int) -> None:
-    """Warm up over 50 steps (after every restart), keep the rate, let it fall to zero as `--fall` says."""
+    """Warm up over 50 steps (after every restart), keep the rate, let it fall as `--fall` says, to a fiftieth."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             falling = min(1.0, max(0.02, (1 - progress) / group["fall"])) if group["fall"] else 1.0
