@@ -17,23 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.multiprocessing import spawn
 
-from training import distil, joint, perfect_cells
+from training import distil, joint, perfect_cells, runs
 from training.batches import Encoder
 from training.curve import draw_curve, read_log
 from training.drawing import require_fonts
 from training.lessons import draw_drill
 from training.nano import load_tokenizer
 from training.questions import ABSENT, verdict_of
-from training.runs import (
-    Score,
-    average,
-    build_optimizers,
-    learn,
-    load_weights,
-    prepare_torch,
-    run_parser,
-    set_progress,
-)
+from training.runs import Score, average, learn, load_weights, prepare_torch
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
 
@@ -75,16 +66,16 @@ def test_answers_are_counted_token_by_token_and_as_a_whole():
 
 @pytest.mark.parametrize(("fall", "rates"), [("0", [1, 1, 1]), ("0.4", [1, 1, 0.02]), ("1", [1, 0.5, 0.02])])
 def test_the_rate_falls_over_the_share_that_was_asked_for(fall, rates):
-    arguments = run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(["--output", "run", "--fall", fall])
-    optimizers = build_optimizers(nn.Linear(2, 2), arguments)
+    arguments = runs.run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(["--output", "run", "--fall", fall])
+    optimizers = runs.build_optimizers(nn.Linear(2, 2), arguments)
     for progress, rate in zip((0.0, 0.5, 1.0), rates, strict=True):
-        set_progress(optimizers, progress, steps_since_start=100)
+        runs.set_progress(optimizers, progress, steps_since_start=100)
         assert optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_a_share_is_from_0_to_1(capsys):
     with pytest.raises(SystemExit):
-        run_parser("", minutes=1).parse_args(["--output", "run", "--fall", "40"])
+        runs.run_parser("", minutes=1).parse_args(["--output", "run", "--fall", "40"])
     assert "40 is no share" in capsys.readouterr().err
 
 

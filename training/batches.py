@@ -11,13 +11,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from training.documents import COLUMNS, ROWS_PER_PAGE, Document
-from training.questions import ABSENT, PAGE_VERDICTS, TEXT_QUESTIONS, Conversation
+from training.questions import ABSENT, TEXT_QUESTIONS, VERDICTS, Conversation, verdict_of
 from training.tokenizer import MARKUP
 
 TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
 IGNORE = -100
-VERDICTS = (*PAGE_VERDICTS, "Yes.", "No.")
-PIECES = re.compile(f"{'|'.join(MARKUP)}|.", re.DOTALL)
+SPELLING = re.compile(f"{'|'.join(MARKUP)}|.", re.DOTALL)
 SENTENCES = {ABSENT, *VERDICTS, *TEXT_QUESTIONS}  # answers that stand on no page
 
 
@@ -84,10 +83,9 @@ class Encoder:
         """
         if text in SENTENCES:
             return self.encode(text)
-        printed = next(
-            (text.removesuffix(f" {verdict}") for verdict in VERDICTS if text.endswith(f". {verdict}")), text
-        )
-        spelled = [self.pieces.get(piece) or self.encode(piece) for piece in PIECES.findall(printed)]
+        verdict = verdict_of(text)
+        printed = text.removesuffix(f" {verdict}") if verdict in VERDICTS else text
+        spelled = [self.pieces.get(piece) or self.encode(piece) for piece in SPELLING.findall(printed)]
         return [token for tokens in spelled for token in tokens] + self.encode(text.removeprefix(printed))
 
     def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:

@@ -6,6 +6,7 @@ import random
 from training.documents import KINDS, document
 from training.exercises import exercise, give_values, judgement, look_back
 from training.questions import PAGE_PHRASING, Conversation, Turn, ask, compare, read_out, text_only
+from training.runs import share
 
 # How often, which share of `--drills` (the longer, the fewer), and what draws one. Of comparisons only the verdict is
 # learned, one word in an answer.
@@ -21,11 +22,11 @@ DRILLS = {
 def add_lesson_options(parser: argparse.ArgumentParser, **defaults: float) -> None:
     """The options that say what to teach."""
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of documents; a kind may be repeated")
-    parser.add_argument("--exercises", type=float, default=0.0, help="share of pages of random characters")
+    parser.add_argument("--exercises", type=share, default=0.0, help="share of pages of random characters")
     parser.add_argument("--exercise-lines", type=int, default=14)
-    parser.add_argument("--look-ups", type=float, default=0.0, help="share of exercises that ask for values")
-    parser.add_argument("--long", type=float, default=0.0, help="share of documents of two tiles")
-    parser.add_argument("--pairs", type=float, default=0.0, help="share of comparisons of two documents")
+    parser.add_argument("--look-ups", type=share, default=0.0, help="share of exercises that ask for values")
+    parser.add_argument("--long", type=share, default=0.0, help="share of documents of two tiles")
+    parser.add_argument("--pairs", type=share, default=0.0, help="share of comparisons of two documents")
     parser.add_argument("--drills", type=int, default=0, help="short lessons beside a batch; fewer when with pages")
     parser.set_defaults(**defaults)
 

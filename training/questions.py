@@ -15,6 +15,7 @@ from training.words import words
 
 ABSENT = "Not in the document."
 PAGE_VERDICTS = ("The first.", "The second.")
+VERDICTS = (*PAGE_VERDICTS, "Yes.", "No.")
 
 FIELD_PHRASINGS = (
     "What is the {}?",
@@ -333,4 +334,4 @@ def instruction_texts() -> Iterator[str]:
         yield from (f"the {name}" for name in names)
         yield from (f"{name[0].upper()}{name[1:]}?" for name in names)
     yield from TEXT_QUESTIONS
-    yield from (ABSENT, "Yes.", "No.", *PAGE_VERDICTS)
+    yield from (ABSENT, *VERDICTS)
