@@ -1,22 +1,20 @@
-"""Nemotron Nano VL, 8B V1 and 12B V2: pictures and text to logits, text and conversations.
+"""Nemotron Nano VL, 8B V1 and 12B V2: images and text to logits, and generation.
 
 tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`) -> rows of the prompt's embeddings
 -> language model (`language_model`). Module names are the keys of the published checkpoints.
 
-`NemotronVLModel` is everything the two have in common; the two classes at the end, called as the published
-architectures, state what each has of its own.
+`NemotronVLForConditionalGeneration` is everything the two have in common. The two classes at the end have the names of
+the published architectures and state what is particular to each.
 """
 
 import contextlib
 import copy
-import inspect
 import operator
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,16 +28,17 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
 from .chat_cache import ChatCache
-from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
+from .checkpoint import Checkpoint, StrictPreTrainedModel
+from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
 from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
 from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
-from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
-from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
+from .quantization_nemotron_vl import prepare_loading
+from .radio_model import RADIOModel, RADIOModelOutput
 from .triton_kernels import runs_kernels
 
 try:
@@ -55,11 +54,6 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
-PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
-
-
-# transformers 5 asks remote code for its signature in every step of a generation, and spares its own language models.
-REMOTE_CODE_IS_ASKED = hasattr(PreTrainedModel, "is_remote_code")
 
 
 @dataclass
@@ -72,21 +66,6 @@ class NemotronVLOutput(CausalLMOutputWithPast):
     """
 
     image_hidden_states: torch.Tensor | None = None
-
-    # Every step of a generation makes an output. `ModelOutput` would list all fields for each value that it enters, and
-    # again at the end; the same entries and attributes come out of this.
-
-    def __post_init__(self) -> None:
-        if self.logits is None:  # made of pairs, as `DataParallel` does, or of a loss alone
-            super().__post_init__()
-            if self.loss is None and "loss" in self:  # transformers 4.57 leaves the pairs under the first name
-                super(ModelOutput, self).__delitem__("loss")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if value is not None and name in self.__dataclass_fields__:
-            self[name] = value  # sets the attribute as well
-        else:
-            object.__setattr__(self, name, value)
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -120,7 +99,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
+    base_model_prefix = "backbone"  # names no attribute on purpose: 4.57 strips this prefix from the names of weights
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -154,46 +133,31 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
                 kwargs["attn_implementation"] = "flash_attention_2"
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
-        check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
-        headers = read_checkpoint(pretrained_model_name_or_path, kwargs)
-        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
-        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
-        with _naming_the_install():
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if dequantization is not None:
-            dequantization.finish(model)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         subfolder = kwargs.get("subfolder")
         if subfolder and kwargs.get("generation_config") is None and os.path.isdir(pretrained_model_name_or_path):
             # transformers reads the generation config of a local directory's root instead of its subfolder's.
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
             with contextlib.suppress(OSError):  # there is none
                 folder = os.path.join(pretrained_model_name_or_path, subfolder)
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded
 
-
-@contextlib.contextmanager
-def _naming_the_install() -> Iterator[None]:
-    """Add the remedy to transformers' error for an attention whose package is absent."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        if not str(error).startswith("FlashAttention"):
-            raise
-        raise ImportError(
-            f"{error} Install it (`pip install flash-attn --no-build-isolation`, it needs CUDA), or leave "
-            "attn_implementation out: the default, sdpa, needs nothing."
-        ) from error
+    @classmethod
+    def _prepare_loading(
+        cls, checkpoint: Checkpoint, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
+        return prepare_loading(checkpoint, kwargs)
 
 
-class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
+class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
     Args:
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
 
-    takes_levels = True  # uint8 tiles, rescaled where the tower is
+    accepts_uint8_tiles = True  # rescaled on the tower's device
     numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
@@ -214,31 +178,32 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
         """Return the language model with fresh weights."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     @staticmethod
     def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
         """Return the modules of `mlp1`, from merged patches to the width of the language model."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     def _pixel_limits(self) -> tuple[float, float, str]:
         """Return the smallest and the largest value of a tile, and what to do about others."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     @property
-    def model(self) -> "ModelWithoutHead":
+    def model(self) -> "NemotronVLModel":
         """The model without its head, under the field's usual name."""
-        return ModelWithoutHead(self)
+        return NemotronVLModel(self)
 
     @property
-    def base_model(self) -> "ModelWithoutHead":
+    def base_model(self) -> "NemotronVLModel":
         """The model without its head, under transformers' name."""
         return self.model
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The language model; `nn.Module` would search three dictionaries for it, twice in a step of a generation."""
-        return self._modules["language_model"]
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -289,7 +254,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
-                The 8B V1 also takes uint8 levels (`do_rescale=False` of the image processor), rescaled on its device.
+                The 8B V1 also takes uint8 tiles (`do_rescale=False` of the image processor), rescaled on its device.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -302,10 +267,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
         _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
-        if pixel_values.dtype == torch.uint8 and not self.takes_levels:
-            raise ValueError(
-                "pixel_values are uint8 levels, but this model takes tiles that its image processor normalised."
-            )
+        if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
+            raise ValueError("pixel_values are uint8, but this model takes tiles that its image processor normalised.")
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -342,19 +305,14 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
         pixel_values = _move(pixel_values, self.vision_model.device)
-        if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
+        if pixel_values.dtype == torch.uint8:  # moved in a quarter of the bytes
             pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
-        grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
-        return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
-
-    def _merge_patches(self, features: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
-        """`(num_tiles, patches, vit_hidden_size)` -> `(num_tiles, tokens, vit_hidden_size * merge_size**2)`."""
-        grid = features.unflatten(1, (grid_height, grid_width))
-        merged = pixel_shuffle(grid, self.config.merge_size)
+        grid_size = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
+        merged = pixel_shuffle(tower.features.unflatten(1, grid_size), self.config.merge_size)
         if self.config.ps_version == "v1":  # CODEPATH: early InternVL-style exports, whose tokens run down columns
             merged = merged.transpose(1, 2)
-        return merged.flatten(1, 2)
+        return tower, self._project(merged.flatten(1, 2))
 
     def _projector_norm(self) -> torch.Tensor:
         """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
@@ -396,7 +354,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    def _embed(
+    def _language_model_inputs(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
@@ -411,7 +369,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         That is the embedded prompt with its images in place; without images the ids, which it embeds by itself.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds to forward.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
@@ -423,7 +381,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
             self._check_no_images(input_ids)
         if inputs_embeds is None:
-            if image_features is None and not self._is_spread:
+            if image_features is None and not self._is_on_several_devices:
                 return {"input_ids": input_ids}, None
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
@@ -431,7 +389,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         return {"inputs_embeds": inputs_embeds}, image_features
 
     @property
-    def _is_spread(self) -> bool:
+    def _is_on_several_devices(self) -> bool:
         """Whether a device map lays the model over several devices."""
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
@@ -450,6 +408,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             )
         return self.config.image_token_id
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -475,7 +434,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
             position_ids: `(batch_size, sequence_length)`.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
-            past_key_values: cache of earlier tokens; over one, image tokens without images are words that were written.
+            past_key_values: cache of earlier tokens. With a cache, image tokens that come without pixels are ordinary
+                text.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
             use_cache: return the cache.
@@ -488,8 +448,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        return_dict = kwargs.pop("return_dict", None)
-        prompt, image_features = self._embed(
+        prompt, image_features = self._language_model_inputs(
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
@@ -509,7 +468,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        output = NemotronVLOutput(
+        return NemotronVLOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -517,9 +476,6 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
-        if return_dict is None:  # transformers' `can_return_tuple` would read the config in every step
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def generate(
@@ -592,7 +548,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
         return (
-            not self._is_spread
+            not self._is_on_several_devices
             and not self._is_stateful
             and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
@@ -663,8 +619,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
         an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
         """
-        owner = self.language_model if REMOTE_CODE_IS_ASKED else super()
-        model_inputs = owner.prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         start = _num_cached(past_key_values) if prompt_embeds is not None else 0
@@ -972,12 +927,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
                 stream.abandoned = True
 
 
-# transformers 4.57 asks every model for its signature in every step, and finds a stored one sooner.
-NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
-
-
-class ModelWithoutHead:
-    """A model without its head: prompts and pictures to hidden states.
+class NemotronVLModel:
+    """A model without its head: prompts and images to hidden states.
 
     TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
     of a long page never exist at once. This is a view and no module: the weights keep their published names.
@@ -986,7 +937,7 @@ class ModelWithoutHead:
         whole: the model.
     """
 
-    def __init__(self, whole: NemotronVLModel):
+    def __init__(self, whole: NemotronVLForConditionalGeneration):
         self._whole = whole
 
     def __call__(
@@ -1004,12 +955,12 @@ class ModelWithoutHead:
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
 
-        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
+        Args: as for `NemotronVLForConditionalGeneration.forward`, without `labels` and `logits_to_keep`.
 
         Returns:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
         """
-        prompt, _ = self._whole._embed(
+        prompt, _ = self._whole._language_model_inputs(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -1134,50 +1085,7 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
 
 
-def _check_tensors(
-    config_class: type[PretrainedConfig],
-    pretrained_model_name_or_path: Any,
-    kwargs: dict[str, Any],
-    headers: dict[str, TensorHeader],
-) -> None:
-    """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
-    if any(".mixer.experts." in name for name in headers):
-        raise ValueError(MIXTURE_OF_EXPERTS)
-    token = headers.get(PREFIX_TOKENS)
-    if token is None:
-        return
-    config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
-    stored, counted = token.shape[0], config.vision_config.num_prefix_tokens
-    if stored != counted:
-        raise ValueError(
-            f"{PREFIX_TOKENS} holds {stored} class and register tokens, but vision_config counts {counted} "
-            f"(num_cls_tokens={config.vision_config.num_cls_tokens}, num_registers="
-            f"{config.vision_config.num_registers}). `python -m tools.adopt` writes the count of the tensor into the "
-            "config."
-        )
-
-
-class _OneNotice:
-    """A filter for transformers' logger: says once, instead of once for each of its functions, that kernels are missing."""
-
-    def __init__(self) -> None:
-        self.said = False
-
-    def filter(self, record: Any) -> bool:
-        if "is falling back to its reference PyTorch implementation" not in str(record.msg):
-            return True
-        record.msg = (
-            "The Mamba layers run in plain torch: correct, but slower than the CUDA kernels of `mamba-ssm` and "
-            "`causal-conv1d`, which are not installed here."
-        )
-        is_first, self.said = not self.said, True
-        return is_first
-
-
-_ONE_NOTICE = _OneNotice()
-
-
-class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
+class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
     """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
 
     config: NemotronVLConfig
@@ -1251,7 +1159,7 @@ class SquaredReLU(nn.Module):
         return nn.functional.relu(features).square()
 
 
-class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture string
+class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
     """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
 
     The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
@@ -1259,14 +1167,13 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
 
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
-    takes_levels = False
+    accepts_uint8_tiles = False
     numbers_images = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_ONE_NOTICE)
         return NemotronHBackbone(text_config)
 
     @staticmethod

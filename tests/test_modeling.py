@@ -137,7 +137,7 @@ def test_embeddings_may_be_passed_instead_of_ids(model, processor):
     expected = model(**batch).logits
     ids = batch.pop("input_ids")
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids), **batch).logits, expected)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(**batch)
 
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from nemotron_vl import packed_matmul
+from nemotron_vl.checkpoint import TensorHeader
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear, TensorHeader
+from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear
 from torch import nn
 
 from tests.kernel_runs import DEVICE, INTERPRETED, needs_kernels
@@ -35,7 +36,7 @@ def packed_layer(name: str, rows: int, columns: int) -> PackedLinear:
         weight = finite_e4m3(rows, columns).view(torch.float8_e4m3fn)
         stored = {"weight": weight, "weight_scale": torch.tensor([2e-3])}
     dtypes = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
-    headers = {key: TensorHeader(dtypes[t.dtype], tuple(t.shape), "", 0, 0) for key, t in stored.items()}
+    headers = {key: TensorHeader(dtypes[t.dtype], tuple(t.shape), "") for key, t in stored.items()}
     layer = PackedLinear(nn.Linear(columns, rows, bias=True, device="meta"), FORMATS[name], headers)
     for key, tensor in stored.items():
         layer.register_parameter(key, nn.Parameter(tensor.to(DEVICE), requires_grad=False))

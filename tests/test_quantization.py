@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nemotron_vl.checkpoint import read_headers
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, modelopt_quantization_config
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.quantization_nemotron_vl import (
@@ -20,7 +21,6 @@ from nemotron_vl.quantization_nemotron_vl import (
     decode_nvfp4,
     decode_w4a16_awq,
     packed_linears,
-    read_headers,
 )
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
@@ -517,7 +517,7 @@ def test_a_large_layer_is_dequantised_in_parts(
         sizes.append(tuple(weight.shape))
         return weight
 
-    monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.CPU_PART", 1600)
+    monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.CPU_CHUNK_WEIGHTS", 1600)
     layer.format = layer.format._replace(decode=watched)
     torch.testing.assert_close(layer(hidden_states), whole, rtol=0, atol=1e-6)
     assert sizes == [(24, 64)] * 4

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from nemotron_vl.checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, CheckpointError, read_json
 from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig, NemotronVLV2Config
 from nemotron_vl.image_processing import V2_RECIPE, NemotronVLImageProcessor
 from transformers import PretrainedConfig
@@ -29,17 +30,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from . import ROOT
 from .weights import (
     CONFIG_ERRORS,
-    INDEX_FILE,
     MODELS,
-    SINGLE_FILE,
-    TORCH_DTYPES,
-    CheckpointError,
     WeightReport,
     check_values,
     check_weights,
     main_dtype,
     make_index,
-    read_json,
 )
 
 # Asked of the tokenizer, with ours in its place where the vocabulary has it.
@@ -158,7 +154,7 @@ def config_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, by
             if key in stated or key not in noise or value != noise[key]
         }
     if not written.get("torch_dtype") and main_dtype(weights.tensors):
-        written["torch_dtype"] = TORCH_DTYPES[main_dtype(weights.tensors)]
+        written["torch_dtype"] = str(TORCH_DTYPES[main_dtype(weights.tensors)]).removeprefix("torch.")
     files = {"config.json": _json(written)}
     if weights.files != [SINGLE_FILE]:
         files[INDEX_FILE] = _json(make_index(weights.tensors))
@@ -428,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = inspect(arguments.source)
         if arguments.check and found.weights.tensors and not found.weights.problems:
-            found.problems += check_values(found.source, found.weights)
+            found.problems += check_values(found.weights)
         if not arguments.check and not found.problems:
             found.problems += reasons_against(arguments.out, found, arguments.force)
         print(found.report())

@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemotron_vl.checkpoint import SAFETENSORS_DTYPES, TensorHeader
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
 from nemotron_vl.quantization_nemotron_vl import (
     AWQ_SHIFTS,
     E2M1_VALUES,
     FORMATS,
     NVFP4_BLOCK,
-    SAFETENSORS_DTYPES,
     PackedConfig,
     PackedLinear,
-    TensorHeader,
     packed_linears,
 )
 from torch import nn
@@ -370,8 +369,7 @@ def _encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_si
 def make_packed_linear(linear: nn.Linear, format_name: str, tensors: dict[str, torch.Tensor]) -> PackedLinear:
     """Build a packed layer around encoded tensors."""
     headers = {
-        key: TensorHeader(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "", 0, 0)
-        for key, tensor in tensors.items()
+        key: TensorHeader(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "") for key, tensor in tensors.items()
     }
     packed = PackedLinear(linear, FORMATS[format_name], headers)
     for key, tensor in tensors.items():
