@@ -7,10 +7,9 @@ import threading
 import pytest
 import torch
 from nemotron_vl.image_processing import NemotronVLImageProcessor
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronVLOutput, pixel_shuffle
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, pixel_shuffle
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils import _pytree
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
@@ -606,18 +605,6 @@ def test_tied_embeddings_stay_tied_through_a_save(model, tmp_path):
     again = Llama_Nemotron_Nano_VL.from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight, tied.get_input_embeddings().weight)
-
-
-def test_an_output_is_made_by_name_or_of_pairs_and_read_as_transformers_do():
-    logits = torch.zeros(1)
-    named = NemotronVLOutput(logits=logits, image_hidden_states=logits)
-    assert list(named) == ["logits", "image_hidden_states"] and named.to_tuple() == (logits, logits)
-    paired = NemotronVLOutput(iter(named.items()))  # as accelerate and DataParallel do
-    assert dict(paired) == dict(named) and paired.loss is None and paired.logits is logits
-    assert list(NemotronVLOutput(loss=logits)) == ["loss"] and not list(NemotronVLOutput())
-    assert list(_pytree.tree_flatten(named)[0]) == [logits] * 2
-    named.loss, named.note = logits, "no field"
-    assert named["loss"] is named.loss and "note" not in named and named.note == "no field"
 
 
 def test_the_language_model_is_a_module_like_others_and_can_be_replaced(model):
