@@ -8,16 +8,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from nemotron_vl.processing_nemotron_vl import (
-    IMAGE_TOKEN,
-    ControlTokenGuard,
-    NemotronVLProcessor,
-    build_chat_prompts,
-    encode_prompt,
-    flatten_content,
-    group_images,
-    image_run,
-)
+from nemotron_vl.chat import build_chat_prompts
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, group_images
+from nemotron_vl.prompts import IMAGE_TOKEN, ControlTokenGuard, encode_prompt, flatten_content, image_run
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 

@@ -35,12 +35,8 @@ from nemotron_vl.modeling_nemotron_vl import (
     NemotronVLModel,
     ProjectorRMSNorm,
 )
-from nemotron_vl.processing_nemotron_vl import (
-    NemotronVLProcessor,
-    NemotronVLV2Processor,
-    flatten_content,
-    split_reasoning,
-)
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
+from nemotron_vl.prompts import flatten_content, split_reasoning
 from nemotron_vl.quantization_nemotron_vl import packed_linears
 from PIL import Image
 from safetensors.torch import load_file, save_file
