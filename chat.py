@@ -1,14 +1,16 @@
 """A conversation over a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
 
-`ChatMixin` turns questions, history and tiles into prompts and answers by the model's `generate`.
+`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Everything
+that a conversation needs travels with its calls; nothing is stored on the model.
 """
 
 import bisect
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,31 +18,38 @@ from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
 from .prompts import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
     IMAGE_TOKEN,
-    TEMPLATE_ERRORS,
     THINK_START,
+    V1_FORMAT,
     ControlTokenGuard,
+    PromptFormat,
+    PromptPieces,
     encode_prompt,
     image_run,
     image_token_id_of,
     leading_images,
+    render_messages,
     split_reasoning,
 )
 
 logger = logging.get_logger(__name__)
 
-# Answers that ask for no length get this many tokens, as in the examples of the model card.
+# The length of an answer if the caller gives none, as in the examples of the model card.
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 class ChatCache(DynamicCache):
-    """Keys and values of one prompt and its answer; `chat()` fills them and brings them up to date.
+    """Keys and values of one prompt and its answer, with the ids and tiles they belong to; `chat()` updates it in place.
 
-    It belongs to the model, with its adapters, that filled it. `copy.deepcopy` makes a second one for another way on.
+    What a new prompt does not share with the last one is dropped before the cache is used, so an answer takes less time
+    with a kept cache and never depends on it. A cache serves only the model, with its adapters, that filled it. Use
+    `copy.deepcopy` to branch a conversation.
 
     Attributes:
-        input_ids: ids of the positions it has read.
-        tiles: tiles, or features of `visual_features`, whose image tokens are among them; None without pictures.
+        input_ids: ids of the positions in the cache.
+        tiles: tiles, or features of `visual_features`, whose image tokens are among these ids; None without images.
     """
 
     def __init__(self) -> None:
@@ -49,18 +58,18 @@ class ChatCache(DynamicCache):
         self.tiles: torch.Tensor | None = None
 
     def keep_beginning_of(self, input_ids: Sequence[int], tiles: torch.Tensor | None, image_token_id: int) -> int:
-        """Drop all that a prompt does not begin with; the last position of the prompt is never kept.
+        """Crop the cache to its longest common beginning with a prompt, whose last position is never kept.
 
         Args:
             input_ids: ids of the whole prompt.
-            tiles: `(num_tiles, ...)`, all its tiles, which have equally many image tokens each; None without pictures.
+            tiles: `(num_tiles, ...)`, all its tiles, which have equally many image tokens each; None without images.
             image_token_id: id of the image tokens.
 
         Returns:
             how many of the tiles are kept.
 
         Raises:
-            ValueError: if somebody else has cut the cache.
+            ValueError: if the cache was cropped outside of `chat()`.
         """
         num_cached = int(self.get_seq_length())
         if num_cached < len(self.input_ids):
@@ -83,17 +92,17 @@ class ChatCache(DynamicCache):
         return kept_tiles
 
     def remember(self, input_ids: Sequence[int], tiles: torch.Tensor | None) -> None:
-        """Note the ids of the positions that are in the cache by now, as the first of `input_ids`, and their tiles."""
+        """Store the ids of the positions that the cache now holds, the first of `input_ids`, and their tiles."""
         self.input_ids = list(input_ids[: int(self.get_seq_length())])
         self.tiles = tiles
 
 
 @dataclass
 class ChatPrompt:
-    """One question of `chat()`, ready to generate from.
+    """The prompt for one question of `chat()`.
 
     Args:
-        input_ids: the whole prompt.
+        input_ids: ids of the whole prompt.
         tiles: indices of the tiles it uses, in prompt order.
         question: the question as it goes into the history, with its placeholders.
         history: earlier `(question, answer)` pairs that are part of the prompt.
@@ -106,9 +115,21 @@ class ChatPrompt:
     history: list[tuple[str, str]]
     text: str
 
+    def history_with(self, answer: str) -> list[tuple[str, str]]:
+        """Return the history after an answer. Requested reasoning is left out: the next prompt must not hold it."""
+        if self.text.rstrip().endswith(THINK_START):
+            answer = split_reasoning(answer, thinking=True)[1]
+        return [*self.history, (self.question, answer)]
+
 
 class ChatMixin:
-    """What a model needs to hold a conversation: `chat`, `chat_stream` and `chat_cache`."""
+    """`chat`, `chat_stream` and `chat_cache` for a model.
+
+    The model brings `generate`, `config`, `generation_config` and `get_input_embeddings` as transformers has them,
+    `_check_images(pixel_values, visual_features)`, which refuses tensors of another shape, and its `prompt_format`.
+    """
+
+    prompt_format: PromptFormat
 
     def chat(
         self,
@@ -134,9 +155,9 @@ class ChatMixin:
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
-        `<image>` in the question and in the questions of the history is the place of an image, one per image in
-        order. A first question without any gets `<image>` and a line feed in front, once per image. All other
-        control tokens in the texts are plain text. Nothing is stored on the model, nothing of the caller's changes.
+        Each `<image>` in the question and in the questions of the history marks the place of one image, in order. If
+        a first question has none, one `<image>` per image is put in front of it. All other control tokens in the
+        texts are plain text. Nothing is stored on the model, and the caller's objects stay as they are.
 
         Args:
             tokenizer: the checkpoint's tokenizer, or its processor.
@@ -146,8 +167,9 @@ class ChatMixin:
             generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
             history: earlier `(question, answer)` pairs, for a batch one list per question.
             return_history: also return the history with this turn appended.
-            num_patches: tiles per image; None takes all tiles as one image. For a batch either flat, shared out by
-                the placeholders (one image each when there are none), or one list per question.
+            num_patches: tiles per image; None takes all tiles as one image. For a batch either one flat list, whose
+                images go to the placeholders in order (one image per question if there are none), or one list per
+                question.
             IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
             verbose: log the prompt, with the image tokens left out.
             visual_features: see `generate`; instead of `pixel_values`.
@@ -155,12 +177,12 @@ class ChatMixin:
             num_patches_list: InternVL's name of `num_patches`.
             streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
             truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
-                answer fit the context, and says so; None raises instead.
-            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
-                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
-            past_key_values: a cache from `chat_cache()`, brought up to date in place. The answer is the one without
-                it; what the prompt has in common with the last one that went through it is not computed again, its
-                pictures neither. Pass all pixels and the history as ever. One question only.
+                answer fit the context, and logs a warning; None raises an error instead.
+            enable_thinking: whether the 12B V2 reasons before it answers; None leaves this to `/think` and `/no_think`
+                in the texts. The answer holds the reasoning (`split_reasoning` splits the two), the history does not.
+            past_key_values: a cache from `chat_cache()`, updated in place. It saves time and does not change the
+                answer: the beginning that a prompt shares with the previous one, images included, is not computed
+                again. Pass all pixels and the history as without it. One question only.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -169,11 +191,7 @@ class ChatMixin:
             ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
                 fit the context; the message holds the numbers and the remedy.
         """
-        if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != ("<img>", "</img>", "<image>"):
-            raise ValueError(
-                f"The image tokens of this model are <img>, </img> and <image>, not {IMG_START_TOKEN}, "
-                f"{IMG_END_TOKEN} and {IMG_CONTEXT_TOKEN}. Leave these arguments out."
-            )
+        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         if truncation not in (None, "oldest_turns"):
             raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -191,33 +209,29 @@ class ChatMixin:
             num_tiles=0 if tiles is None else len(tiles),
             num_patches=num_patches if num_patches is not None else num_patches_list,
             tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
-            image_token_id=self._chat_image_token_id(tokenizer),
+            image_token_id=self._image_token_id_of(tokenizer),
             image_tag_type=self.config.image_tag_type,
             # InternVL clients set their system prompt on the model.
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
-            numbers_images=self.numbers_images,
+            prompt_format=self.prompt_format,
             enable_thinking=enable_thinking,
         )
-        if tiles is not None:
-            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
         if verbose:
             logger.warning("\n".join(prompt.text for prompt in prompts))
-        answers = self._answer(
-            tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
-        )
-        results = [
-            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        if tiles is not None:
+            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
+        name = "pixel_values" if visual_features is None else "visual_features"
+        answers = self._answer(tokenizer, prompts, options, extra_options, streamer, tiles, name)
+        histories = [prompt.history_with(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         if isinstance(question, str):
-            return results[0]
-        return tuple(map(list, zip(*results, strict=True))) if return_history else results
+            answers, histories = answers[0], histories[0]
+        return (answers, histories) if return_history else answers
 
     def _generation_options(
         self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Return a fresh `GenerationConfig` with the chat's defaults, and what of a dict does not belong into one."""
+        """Return a new `GenerationConfig` with the defaults of `chat`, and the given options that it does not have."""
         if isinstance(generation_config, GenerationConfig):
             options, given = copy.deepcopy(generation_config), {}
         else:
@@ -239,6 +253,11 @@ class ChatMixin:
         return options, extra_options
 
     def _longest_prompt(self, max_new_tokens: int) -> int:
+        """Return how many tokens of the context are left for a prompt if an answer may take `max_new_tokens`.
+
+        Raises:
+            ValueError: if that is none.
+        """
         window = self.config.max_sequence_length
         if max_new_tokens >= window:
             raise ValueError(
@@ -248,6 +267,11 @@ class ChatMixin:
         return window - max_new_tokens
 
     def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
+        """Return how many image tokens stand for each of these tiles.
+
+        Raises:
+            ValueError: if the sides of the tiles cannot be divided into tokens.
+        """
         if visual_features is not None:
             return visual_features.shape[1]
         if pixel_values is None:
@@ -261,7 +285,12 @@ class ChatMixin:
             )
         return (height // side) * (width // side)
 
-    def _chat_image_token_id(self, tokenizer: Any) -> int:
+    def _image_token_id_of(self, tokenizer: Any) -> int:
+        """Return the tokenizer's id of `<image>`.
+
+        Raises:
+            ValueError: if the tokenizer has no such token, or the model's config names another id.
+        """
         token_id = image_token_id_of(tokenizer)
         if self.config.image_token_id not in (None, token_id):
             raise ValueError(
@@ -275,26 +304,24 @@ class ChatMixin:
         tokenizer: Any,
         prompts: list[ChatPrompt],
         options: GenerationConfig,
+        extra_options: dict[str, Any],
         streamer: Any | None,
         tiles: torch.Tensor | None,
-        tiles_are_features: bool,
-        extra_options: dict[str, Any],
+        name: str,
     ) -> list[str]:
-        """Generate for left-padded prompts and decode each answer up to its end token."""
-        width = max(len(prompt.input_ids) for prompt in prompts)
-        paddings = [width - len(prompt.input_ids) for prompt in prompts]
-        pad = options.pad_token_id
-        ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in paddings]
+        """Generate an answer to each prompt, and decode it up to its end token.
+
+        Args:
+            tiles: the tiles of all prompts in order, or features instead of them.
+            name: the argument of `generate` that takes these, `pixel_values` or `visual_features`.
+        """
         device = self.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
-        cache = extra_options.get("past_key_values")
-        new_tiles = tiles
+        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
+        ids, mask = _pad_left([prompt.input_ids for prompt in prompts], options.pad_token_id)
+        cache, new_tiles = extra_options.get("past_key_values"), tiles
         if isinstance(cache, ChatCache):
-            kept_tiles = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
-            new_tiles = tiles[kept_tiles:] if tiles is not None and kept_tiles < len(tiles) else None
-        kind = "visual_features" if tiles_are_features else "pixel_values"
-        images = {kind: new_tiles} if new_tiles is not None else {}
+            num_kept = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
+            new_tiles = tiles[num_kept:] if tiles is not None and num_kept < len(tiles) else None
         if options.stop_strings is not None:
             extra_options = {"tokenizer": tokenizer, **extra_options}
         output = self.generate(
@@ -302,19 +329,19 @@ class ChatMixin:
             attention_mask=torch.tensor(mask, device=device),
             generation_config=options,
             streamer=streamer,
-            **images,
+            **({} if new_tiles is None else {name: new_tiles}),
             **extra_options,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if isinstance(cache, ChatCache):
             cache.remember(sequences[0].tolist(), tiles)
         return [
-            tokenizer.decode(_before_end(new_ids, options), skip_special_tokens=False).strip()
-            for new_ids in sequences[:, width:].tolist()
+            tokenizer.decode(_cut_at_eos(new_ids, options), skip_special_tokens=False).strip()
+            for new_ids in sequences[:, len(ids[0]) :].tolist()
         ]
 
     def chat_cache(self) -> ChatCache:
-        """Return an empty cache for `past_key_values` of `chat`; the caller holds it, the model does not.
+        """Return an empty cache for `past_key_values` of `chat`; the model does not keep it.
 
         Raises:
             ValueError: for the 12B V2.
@@ -322,7 +349,7 @@ class ChatMixin:
         if self._is_stateful:
             raise ValueError(
                 "The Mamba layers of this model cannot go back to where a new prompt differs from the last one, so "
-                "chat() keeps no cache. Keep the pictures' features: generate(..., mm_encoder_outputs=...)."
+                "chat() keeps no cache. Keep the images' features: generate(..., mm_encoder_outputs=...)."
             )
         return ChatCache()
 
@@ -336,8 +363,8 @@ class ChatMixin:
     ) -> Iterator[str]:
         """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
 
-        The generation runs in a thread of its own. It ends when the loop over the pieces is left or the iterator is
-        closed (before the next token), and what `chat` raises is raised in the loop.
+        The generation runs in a thread of its own, which ends before the next token if the caller leaves the loop over
+        the pieces or closes the iterator. Errors of `chat` are raised in the loop.
 
         Args:
             tokenizer, pixel_values, question, generation_config: as for `chat`.
@@ -369,7 +396,7 @@ def build_chat_prompts(
     image_tag_type: str,
     system_prompt: str | None = None,
     max_length: int | None = None,
-    numbers_images: bool = False,
+    prompt_format: PromptFormat = V1_FORMAT,
     enable_thinking: bool | None = None,
 ) -> list[ChatPrompt]:
     """Turn the arguments of `chat()` into one prompt per question.
@@ -385,8 +412,8 @@ def build_chat_prompts(
         image_tag_type: see `image_run`.
         system_prompt: text of a system block.
         max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
-        numbers_images: number the placeholders that are put in front of a question (12B V2).
-        enable_thinking: variable of the chat template; None leaves it to the texts and the template.
+        prompt_format: how the placeholders are written that are put in front of a question.
+        enable_thinking: variable of the chat template; None leaves the choice to the texts and the template.
 
     Raises:
         ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
@@ -400,50 +427,85 @@ def build_chat_prompts(
         raise ValueError(f"{len(questions)} questions need as many histories, got {len(histories)}.")
     turns = [_check_history(pairs) for pairs in histories]
     tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
+    write = partial(
+        _write_prompt,
+        tokenizer,
+        system_prompt=system_prompt,
+        tokens_per_tile=tokens_per_tile,
+        image_token_id=image_token_id,
+        image_tag_type=image_tag_type,
+        enable_thinking=enable_thinking,
+    )
     prompts, first_tile = [], 0
     for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
         text = str.__str__(text)  # as in ControlTokenGuard.protect
         if not pairs and IMAGE_TOKEN not in text:
-            text = leading_images(len(tile_counts), numbers_images) + text
-        spans = []
+            text = leading_images(len(tile_counts), prompt_format) + text
+        images = []
         for count in tile_counts:
-            spans.append(range(first_tile, first_tile + count))
+            images.append(range(first_tile, first_tile + count))
             first_tile += count
-
-        def prompt_without(num_turns: int, text=text, pairs=pairs, spans=spans) -> ChatPrompt:
-            num_images = sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs[:num_turns])
-            runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans[num_images:]]
-            messages = _chat_messages(text, pairs[num_turns:], system_prompt)
-            ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
-            tiles = [tile for span in spans[num_images:] for tile in span]
-            return ChatPrompt(ids, tiles, text, pairs[num_turns:], rendered)
-
-        prompt = prompt_without(0)
+        prompt = write(text, pairs, images)
         if max_length is not None and len(prompt.input_ids) > max_length and pairs:
-            # Bisected: a history of thousands of turns must not be encoded once for each of them.
-            num_dropped = 1 + bisect.bisect_left(
-                range(1, len(pairs)), True, key=lambda number: len(prompt_without(number).input_ids) <= max_length
-            )
-            dropped = pairs[:num_dropped]
-            logger.warning(
-                f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
-                f"oldest of {len(pairs)} turns are dropped, with their "
-                f"{sum(earlier.count(IMAGE_TOKEN) for earlier, _ in dropped)} images, from {dropped[0][0][:60]!r} to "
-                f"{dropped[-1][0][:60]!r}."
-            )
-            prompt = prompt_without(num_dropped)
+            prompt = _drop_oldest_turns(prompt, images, max_length, write)
         prompts.append(prompt)
     return prompts
+
+
+def _write_prompt(
+    tokenizer: Any,
+    question: str,
+    pairs: list[tuple[str, str]],
+    images: list[range],
+    *,
+    system_prompt: str | None,
+    tokens_per_tile: int,
+    image_token_id: int,
+    image_tag_type: str,
+    enable_thinking: bool | None,
+) -> ChatPrompt:
+    """Write the prompt for a question with its history; `images` holds the indices of each image's tiles."""
+    runs = [image_run(len(tiles), tokens_per_tile, image_tag_type) for tiles in images]
+    messages = _chat_messages(question, pairs, system_prompt)
+    ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
+    return ChatPrompt(ids, [tile for tiles in images for tile in tiles], question, pairs, rendered)
+
+
+def _drop_oldest_turns(
+    prompt: ChatPrompt, images: list[range], max_length: int, write: Callable[..., ChatPrompt]
+) -> ChatPrompt:
+    """Write a prompt again without its oldest turns and their images, until it fits or only the question is left."""
+    pairs = prompt.history
+
+    def without(num_turns: int) -> ChatPrompt:
+        return write(prompt.question, pairs[num_turns:], images[_num_placeholders(pairs[:num_turns]) :])
+
+    # Bisected: a history of thousands of turns must not be encoded once for each of them.
+    num_dropped = 1 + bisect.bisect_left(
+        range(1, len(pairs)), True, key=lambda number: len(without(number).input_ids) <= max_length
+    )
+    dropped = pairs[:num_dropped]
+    logger.warning(
+        f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
+        f"oldest of {len(pairs)} turns are dropped, with their {_num_placeholders(dropped)} images, from "
+        f"{dropped[0][0][:60]!r} to {dropped[-1][0][:60]!r}."
+    )
+    return without(num_dropped)
+
+
+def _num_placeholders(pairs: list[tuple[str, str]]) -> int:
+    """Count the images of earlier turns; only questions hold any."""
+    return sum(question.count(IMAGE_TOKEN) for question, _ in pairs)
 
 
 def _encode_chat(
     tokenizer: Any,
     messages: list[dict[str, str]],
-    runs: list[list[str | int]],
+    runs: list[PromptPieces],
     image_token_id: int,
     enable_thinking: bool | None,
 ) -> tuple[list[int], str]:
-    """Return the ids of the messages, in which only the user's `<image>` is more than text, and the rendered text."""
+    """Return the ids of the messages and the rendered text; `<image>` is a placeholder in user messages alone."""
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     if options and "enable_thinking" not in tokenizer.get_chat_template():
         raise ValueError(
@@ -454,10 +516,9 @@ def _encode_chat(
     safe = [
         {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
     ]
-    try:
-        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, **options)
-    except TEMPLATE_ERRORS as error:
-        raise ValueError(f"The tokenizer's chat template refuses these messages: {error}") from error
+    rendered = render_messages(
+        tokenizer.apply_chat_template, safe, tokenize=False, add_generation_prompt=True, **options
+    )
     ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
     return ids, rendered.replace(guard.marker, "")
 
@@ -482,7 +543,7 @@ def _check_history(history: Sequence[Any] | None) -> list[tuple[str, str]]:
 def _tiles_per_image(
     num_patches: Any, num_tiles: int, questions: Sequence[str], turns: list[list[tuple[str, str]]]
 ) -> list[list[int]]:
-    """Share the images out to the questions: one list of tile counts per question."""
+    """Distribute the images over the questions: one list of tile counts per question."""
     counts = num_patches.tolist() if hasattr(num_patches, "tolist") else num_patches
     if counts is None:
         counts = [num_tiles] if num_tiles else []
@@ -493,8 +554,7 @@ def _tiles_per_image(
     else:
         counts = _whole_counts(counts)
         needed = [
-            sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs) + text.count(IMAGE_TOKEN)
-            for text, pairs in zip(questions, turns, strict=True)
+            _num_placeholders(pairs) + text.count(IMAGE_TOKEN) for text, pairs in zip(questions, turns, strict=True)
         ]
         if not any(needed) and not any(turns):  # placeholders will be put in front
             needed = [len(counts)] if len(questions) == 1 else [1] * len(questions) if counts else needed
@@ -526,7 +586,7 @@ def _whole_counts(counts: Any) -> list[int]:
 
 
 class _AnswerStream(TextIteratorStreamer):
-    """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
+    """Passes an answer on without its end token, and stops the generation once nobody reads the answer."""
 
     def __init__(self, tokenizer: Any, options: GenerationConfig):
         super().__init__(tokenizer, skip_prompt=True)
@@ -538,17 +598,19 @@ class _AnswerStream(TextIteratorStreamer):
             raise RuntimeError("The answer is not read any more.")  # ends generate(); chat_stream keeps it to itself
         if self.next_tokens_are_prompt:
             super().put(value)
-        elif new_ids := _before_end(value.flatten().tolist(), self.options):
+        elif new_ids := _cut_at_eos(value.flatten().tolist(), self.options):
             super().put(torch.tensor(new_ids))
 
 
-def _to_remember(prompt: ChatPrompt, answer: str) -> str:
-    """Return what of an answer the next prompt holds: no reasoning."""
-    thinking = prompt.text.rstrip().endswith(THINK_START)
-    return split_reasoning(answer, thinking)[1] if thinking else answer
+def _pad_left(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Return rows of ids padded on the left to one length, and their attention mask."""
+    length = max(map(len, rows))
+    paddings = [length - len(row) for row in rows]
+    ids = [[pad_token_id] * padding + row for padding, row in zip(paddings, rows, strict=True)]
+    return ids, [[0] * padding + [1] * (length - padding) for padding in paddings]
 
 
-def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
+def _cut_at_eos(new_ids: list[int], options: GenerationConfig) -> list[int]:
     """Return the ids before the first end token."""
     ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
@@ -567,6 +629,15 @@ def _num_equal_tiles(kept: torch.Tensor | None, tiles: torch.Tensor) -> int:
     number = min(len(kept), len(tiles))
     equal = (kept[:number] == tiles[:number]).flatten(1).all(1)
     return _num_equal(equal.tolist(), [True] * number)
+
+
+def _check_image_tokens(start: str, end: str, context: str) -> None:
+    """Raise if a caller of `chat()` gives other image tokens than the model has."""
+    if (start, end, context) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
+        raise ValueError(
+            f"The image tokens of this model are <img>, </img> and <image>, not {start}, {end} and {context}. Leave "
+            "these arguments out."
+        )
 
 
 def _check_chat_cache(cache: Any, question: Any, options: GenerationConfig) -> None:

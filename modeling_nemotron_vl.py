@@ -33,13 +33,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .chat import ChatMixin
 from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
+from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
+from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
 from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
 from .triton_kernels import runs_kernels
-
-# transformers 4.57 copies only the files that an entry file imports itself; these two are imports of its imports.
-from .packed_matmul import has_kernel as has_kernel  # isort: skip
-from .prompts import IMAGE_TOKEN as IMAGE_TOKEN  # isort: skip
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
@@ -191,7 +189,6 @@ class NemotronVLModel(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
     """
 
     takes_levels = True  # uint8 tiles, rescaled where the tower is
-    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -557,7 +554,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
-            self._room_after(input_ids.shape[1])  # before the tower runs
+            self._tokens_left_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
             self._check_images(None, visual_features)
             projected = self._project(_move(visual_features, self._projector_norm().device))
@@ -622,7 +619,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
         new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
-    def _room_after(self, prompt_length: int) -> int:
+    def _tokens_left_after(self, prompt_length: int) -> int:
         """Return how many tokens the context window leaves for the answer to a prompt.
 
         Raises:
@@ -643,7 +640,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
         options = super()._prepare_generated_length(
             *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
-        room = self._room_after(inputs_tensor.shape[1])
+        room = self._tokens_left_after(inputs_tensor.shape[1])
         wanted = options.max_length - input_ids_length  # embeddings alone have no ids
         if wanted > room:
             logger.warning(
@@ -890,6 +887,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture str
 
     config: NemotronVLConfig
     config_class = NemotronVLConfig
+    prompt_format = V1_FORMAT
     # Sharders refuse a name that no module has, so each member names its own blocks.
     _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
@@ -967,7 +965,7 @@ class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture strin
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
     takes_levels = False
-    numbers_images = True
+    prompt_format = V2_FORMAT
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 

@@ -33,20 +33,24 @@ from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
-    TEMPLATE_ERRORS,
+    V1_FORMAT,
+    V2_FORMAT,
     ControlTokenGuard,
+    PromptFormat,
     PromptIds,
+    PromptPieces,
     encode_prompt,
     flatten_content,
     image_run,
     image_token_id_of,
+    render_messages,
+    render_run,
     replacement_offsets,
-    spell_run,
     split_content,
     split_reasoning,
 )
 
-# How templates for several modalities read the parts of a content; others, the published one too, take a string.
+# A template that contains this reads the parts of a content by itself; others, such as the published one, take a string.
 READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
 MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
@@ -61,18 +65,27 @@ TEXT_OPTIONS = (
     "return_text_replacement_offsets",
     "return_tensors",
 )
-# Videos and audio are refused, so what clients of every model say about them changes nothing.
+# Videos and audio are refused, so their options, which some clients always send, are accepted and ignored.
 OTHER_MODALITIES = ("videos", "audio", "audios")
-OPTIONS_OF_OTHERS = ("num_frames", "fps", "do_sample_frames", "video_metadata", "return_metadata", "sampling_rate")
-OPTIONS_OF_OTHERS = (*OPTIONS_OF_OTHERS, "videos_kwargs", "audio_kwargs")
+IGNORED_VIDEO_AUDIO_OPTIONS = (
+    "num_frames",
+    "fps",
+    "do_sample_frames",
+    "video_metadata",
+    "return_metadata",
+    "sampling_rate",
+    "videos_kwargs",
+    "audio_kwargs",
+)
 NESTED_OPTIONS = ("images_kwargs", "text_kwargs", "common_kwargs")
-CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *OPTIONS_OF_OTHERS)
+CALL_OPTIONS = (
+    *(*TEXT_OPTIONS, *IMAGE_OPTIONS, "images"),
+    *(*NESTED_OPTIONS, *OTHER_MODALITIES, *IGNORED_VIDEO_AUDIO_OPTIONS),
+)
 # What a tokenizer may have been loaded with: AutoTokenizer.from_pretrained(..., padding="max_length", max_length=512).
 TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
-
-
-# Options of transformers' own method that are always on or of no use here.
-ALWAYS_SO = ("sanitize_control_tokens", "load_audio_from_video")
+# Options of transformers' own `apply_chat_template`: the first is always on here, the second concerns videos.
+IGNORED_TEMPLATE_OPTIONS = ("sanitize_control_tokens", "load_audio_from_video")
 
 
 class NemotronVLProcessor(ProcessorMixin):
@@ -82,13 +95,13 @@ class NemotronVLProcessor(ProcessorMixin):
         image_processor: a `NemotronVLImageProcessor`.
         tokenizer: the checkpoint's tokenizer, with the image tokens.
         chat_template: Jinja template; defaults to the tokenizer's.
-        image_tag_type: how an image is spelled in the prompt, the `image_tag_type` of the model's config.
+        image_tag_type: how an image is written in the prompt, the `image_tag_type` of the model's config.
 
     Raises:
         ValueError: if the tokenizer has no `<image>` token.
     """
 
-    images_first = False  # where a message has its images in the prompt, see `flatten_content`
+    prompt_format = V1_FORMAT
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
@@ -107,7 +120,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Read processor_config.json as transformers does, and say so if it holds something else than a dict."""
+        """Read processor_config.json as transformers does; a damaged file raises an error that names it."""
         try:
             return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, LookupError, TypeError, RecursionError) as error:
@@ -201,7 +214,7 @@ class NemotronVLProcessor(ProcessorMixin):
         marker: str | None = None,
         return_starts: bool = False,
     ) -> tuple[dict[str, Any], str | None, list[list[int]]]:
-        """Do what `__call__` says, and also return `return_tensors` and where in its text each id starts."""
+        """Do what `__call__` describes, and also return `return_tensors` and where in its text each id starts."""
         images_kwargs, text_kwargs = self._split_options(options)
         return_tensors = text_kwargs.pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -224,7 +237,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort call options into those of the image processor and those of the text, nested and common ones too."""
-        flat = {name: value for name, value in options.items() if name not in OPTIONS_OF_OTHERS}
+        flat = {name: value for name, value in options.items() if name not in IGNORED_VIDEO_AUDIO_OPTIONS}
         for name in OTHER_MODALITIES:
             given = flat.pop(name, None)
             if given is not None and len(given):
@@ -252,8 +265,8 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _image_runs(
         self, texts: Sequence[str], num_tiles: list[int], images_per_text: list[int] | None
-    ) -> list[list[list[str | int]]]:
-        """Return per text the runs of its images."""
+    ) -> list[list[PromptPieces]]:
+        """Return the image runs of each text."""
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if sum(counts) != len(num_tiles) or images_per_text not in (None, counts):
             raise ValueError(
@@ -267,7 +280,7 @@ class NemotronVLProcessor(ProcessorMixin):
     def _encode_texts(
         self,
         texts: Sequence[str],
-        runs: list[list[list[str | int]]],
+        runs: list[list[PromptPieces]],
         add_bos: bool,
         marker: str | None,
         return_starts: bool,
@@ -281,7 +294,7 @@ class NemotronVLProcessor(ProcessorMixin):
         return prompts
 
     def _bos_ids(self) -> list[int]:
-        """What the tokenizer puts before a plain text: the bos token, or nothing."""
+        """Return what the tokenizer puts before a plain text: the bos token, or nothing."""
         return [token for token in self.tokenizer("")["input_ids"] if token == self.tokenizer.bos_token_id][:1]
 
     def _pad(
@@ -380,37 +393,30 @@ class NemotronVLProcessor(ProcessorMixin):
         if continue_final_message and not all(conversations):
             raise ValueError("continue_final_message=True needs a final message, but a conversation is empty.")
         template = self._resolve_template(chat_template)
-        variables = {name: value for name, value in kwargs.items() if name not in (*CALL_OPTIONS, *ALWAYS_SO)}
-        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
-        if unknown:
-            raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
-        if variables.get("image_token") == self.image_token:
-            del variables["image_token"]  # every template gets it, and here it is no user's text
-        options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
+        options, variables = self._split_template_options(kwargs, template)
+        options |= processor_kwargs or {}
         tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
-        keep_parts = READS_PARTS.search(template) is not None and not self.images_first
+        keep_parts = READS_PARTS.search(template) is not None and not self.prompt_format.images_first
         flattened = [
-            _flatten_conversation(messages, guard, self.images_first, keep_parts) for messages in conversations
+            _flatten_conversation(messages, guard, self.prompt_format, keep_parts) for messages in conversations
         ]
         if guard:
             tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
-        try:
-            prompts, assistant_spans = render_jinja_template(
-                conversations=[messages for messages, _ in flattened],
-                tools=tools,
-                documents=documents,
-                chat_template=template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
-            )
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"The chat template refuses this conversation: {error}") from error
+        prompts, assistant_spans = render_messages(
+            render_jinja_template,
+            conversations=[messages for messages, _ in flattened],
+            tools=tools,
+            documents=documents,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
+        )
         if guard is None:
             return prompts if batched else prompts[0]
-        images = _choose_images(options.pop("images", None), [pictures for _, pictures in flattened])
+        images = _choose_images(options.pop("images", None), [images for _, images in flattened])
         if return_tensors is not None:
             options = {"return_tensors": return_tensors, **options}
         options["add_special_tokens"] = False
@@ -425,6 +431,23 @@ class NemotronVLProcessor(ProcessorMixin):
         out = _as_batch(data, return_tensors)
         return out if return_dict else out["input_ids"]
 
+    def _split_template_options(self, kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sort further arguments of `apply_chat_template` into options of `__call__` and variables of the template.
+
+        Raises:
+            TypeError: for a name that is neither; the template has to contain the name of a variable.
+        """
+        options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS}
+        variables = {
+            name: value for name, value in kwargs.items() if name not in (*CALL_OPTIONS, *IGNORED_TEMPLATE_OPTIONS)
+        }
+        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unknown:
+            raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
+        if variables.get("image_token") == self.image_token:
+            del variables["image_token"]  # every template gets it, and here it is no user's text
+        return options, variables
+
     def _resolve_template(self, chat_template: str | None) -> str:
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = named.get(chat_template or "default", chat_template)
@@ -436,9 +459,9 @@ class NemotronVLProcessor(ProcessorMixin):
         return template
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
-        """Spell image number `image_idx` of the image processor's output as prompt text."""
+        """Write image number `image_idx` of the image processor's output as prompt text."""
         run = image_run(int(image_inputs["num_patches"][image_idx]), self.tokens_per_tile, self.image_tag_type)
-        return spell_run(run)
+        return render_run(run)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Iterable[tuple[int, int]] | None = None, **kwargs: Any
@@ -462,7 +485,9 @@ class NemotronVLProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
         # transformers 5 nests the image processor inside processor_config.json, which 4.57 and servers do not read.
         self.image_processor.save_pretrained(save_directory)
-        spell_for_every_version(Path(save_directory) / "tokenizer_config.json")
+        tokenizer_config = Path(save_directory) / "tokenizer_config.json"
+        config = with_keys_of_all_versions(json.loads(tokenizer_config.read_text(encoding="utf-8")))
+        tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in (self, self.image_processor):
             vars(part).pop("auto_map", None)  # transformers wrote it there for the files' sake
         if push_to_hub:
@@ -477,33 +502,33 @@ class NemotronVLV2Processor(NemotronVLProcessor):
     in a system or user text decides, and without those there is none.
     """
 
-    images_first = True
+    prompt_format = V2_FORMAT
 
     @staticmethod
     def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
-        """Part what the model wrote into `(reasoning, answer)`; see the function of this name."""
+        """Split what the model wrote into `(reasoning, answer)`; see the function of this name."""
         return split_reasoning(text, thinking)
 
 
 def _kept_tokens(length: int, limit: int | None, side: str) -> slice:
-    """The part of a prompt that stays when it is cut to `limit` tokens on a side, "left" or "right"."""
+    """Return the part of a prompt that stays if it is cut to `limit` tokens on a side, "left" or "right"."""
     if limit is None or length <= limit:
         return slice(0, length)
     return slice(length - limit, length) if side == "left" else slice(0, limit)
 
 
-def spell_for_every_version(tokenizer_config: Path) -> None:
-    """Rewrite a tokenizer_config.json saved by transformers 5 in the words that 4.57 knows as well."""
-    config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+def with_keys_of_all_versions(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json that transformers 5 may have written, with the keys that 4.57 reads as well."""
+    config = dict(tokenizer_config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return config
 
 
 def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    """Return `data` in tensors, but for the offsets, which are no numbers."""
+    """Return `data` as tensors, except the replacement offsets, which are not numbers."""
     numbers = {name: value for name, value in data.items() if name != "text_replacement_offsets"}
     batch = BatchFeature(numbers, tensor_type=return_tensors)
     batch.update({name: value for name, value in data.items() if name not in numbers})
@@ -540,26 +565,31 @@ def _tool_schemas(tools: Any) -> Any:
         raise ValueError(f"A function among the tools cannot be described: {error}") from error
 
 
-def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:
-    """Return the images of a batch: those in its messages, or those given for parts that hold none."""
-    in_messages = [picture for own in pictures for picture in own]
-    held = [picture for picture in in_messages if picture is not None]
-    if images is None and len(held) == len(in_messages):
-        return pictures if held else None
-    if images is None or held:
+def _choose_images(images: Any, images_of_messages: list[list[Any]]) -> Any:
+    """Return the images of a batch: those in its messages, or those given separately if the messages hold none.
+
+    Args:
+        images: what the caller gave as `images`, or None.
+        images_of_messages: per conversation the image of each image part, None for a part that holds none.
+    """
+    parts = [image for own in images_of_messages for image in own]
+    num_held = sum(image is not None for image in parts)
+    if images is None and num_held == len(parts):
+        return images_of_messages if parts else None
+    if images is None or num_held:
         raise ValueError(
-            f"The messages have {len(in_messages)} image parts, {len(held)} of them with a picture, and images= was "
-            f"{'not ' if images is None else ''}given. Put every picture into its part, or all of them into images=."
+            f"The messages have {len(parts)} image parts, {num_held} of them with an image, and images= was "
+            f"{'not ' if images is None else ''}given. Put every image into its part, or all of them into images=."
         )
     return images
 
 
 def _flatten_conversation(
-    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, images_first: bool, keep_parts: bool
+    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, prompt_format: PromptFormat, keep_parts: bool
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the messages with their contents protected by `guard`, and their images in order.
 
-    A content becomes a string with `<image>` placeholders. With `keep_parts` a list stays one, of texts and images.
+    A content becomes a string with `<image>` placeholders. With `keep_parts` a list of parts stays a list of parts.
     """
     flattened, images = [], []
     if not isinstance(messages, (list, tuple)):
@@ -570,14 +600,14 @@ def _flatten_conversation(
         others = {name: value for name, value in message.items() if name != "content" and value is not None}
         content = message.get("content")
         if keep_parts and isinstance(content, (list, tuple)):
-            texts, pictures = split_content(content)
+            texts, own_images = split_content(content)
             texts = guard.protect(texts) if guard else texts
             parts = [part for text in texts for part in ({"type": "text", "text": text}, {"type": "image"})][:-1]
             content = [part for part in parts if part.get("text") != ""]
         else:
-            content, pictures = flatten_content(content, guard, images_first)
+            content, own_images = flatten_content(content, guard, prompt_format)
         flattened.append({**(guard.protect(others) if guard else others), "content": content})
-        images += pictures
+        images += own_images
     return flattened, images
 
 

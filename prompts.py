@@ -6,7 +6,7 @@ image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 try:
@@ -23,13 +23,38 @@ IMAGE_END_TOKEN = "</img>"
 THINK_START = "<think>"
 THINK_END = "</think>"
 
+# One image of a prompt: strings are text, integers are counts of the image token.
+PromptPieces = list[str | int]
+
 # Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
 MAX_NESTING = 100  # levels of lists and dicts in messages and tools
 
 
+class PromptFormat(NamedTuple):
+    """What the members of the family do differently in a prompt; everything else they share.
+
+    Attributes:
+        images_first: all images of a message stand in front of its text; otherwise each stands where its part stands,
+            on a line of its own.
+        numbered: several images in front of a text get numbers and share one line.
+    """
+
+    images_first: bool
+    numbered: bool
+
+
+V1_FORMAT = PromptFormat(images_first=False, numbered=False)
+V2_FORMAT = PromptFormat(images_first=True, numbered=True)
+
+
 class PromptIds(NamedTuple):
-    """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if unasked)."""
+    """The ids of one prompt, and where they come from.
+
+    Attributes:
+        input_ids: all ids, the image tokens included.
+        starts: for each id the character of the unexpanded prompt where it starts; None unless requested.
+    """
 
     input_ids: list[int]
     starts: list[int] | None
@@ -101,8 +126,8 @@ class ControlTokenGuard:
         return start if keep_image_token and token == IMAGE_TOKEN else start + self.marker
 
 
-def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> list[str | int]:
-    """Spell one image of a prompt: strings are text, integers are counts of the image token.
+def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> PromptPieces:
+    """Return what stands in a prompt for one image.
 
     Args:
         num_tiles: tiles of the image, the thumbnail included.
@@ -117,21 +142,21 @@ def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "inter
         return [IMAGE_START_TOKEN, num_tiles * tokens_per_tile, IMAGE_END_TOKEN]
     if image_tag_type != "nvlm":
         raise ValueError(f"image_tag_type must be 'internvl' or 'nvlm', got {image_tag_type!r}.")
-    run: list[str | int] = ["<Image>"]
+    run: PromptPieces = ["<Image>"]
     for tile in range(1, num_tiles):
         run += [f"<tile_{tile}>", tokens_per_tile]
     return [*run, "<tile_global_thumbnail>", tokens_per_tile, "</Image>"]
 
 
-def spell_run(run: list[str | int]) -> str:
-    """Write a run as prompt text."""
+def render_run(run: PromptPieces) -> str:
+    """Write an image run as prompt text."""
     return "".join(piece if isinstance(piece, str) else IMAGE_TOKEN * piece for piece in run)
 
 
 def replacement_offsets(
-    prompt: str, image_runs: Sequence[list[str | int]], marker: str | None = None
+    prompt: str, image_runs: Sequence[PromptPieces], marker: str | None = None
 ) -> list[dict[str, Any]]:
-    """Tell where the placeholders of a prompt stand, before and after their images are spelled out.
+    """Return where the placeholders of a prompt stand, and where their images stand once they are written out.
 
     Args:
         prompt: rendered text; `<image>` stands for one whole image.
@@ -139,13 +164,13 @@ def replacement_offsets(
         marker: the character of a `ControlTokenGuard`; it does not count.
 
     Returns:
-        per image, as transformers names them: `type` "image", `text` the placeholder, `span` its (start, end) in the
-        prompt, `replacement` the image spelled out and `new_span` its (start, end) in the prompt then.
+        one dict per image, with the keys of transformers: `type` "image", `text` the placeholder, `span` its (start,
+        end) in the prompt, `replacement` the image run as text, `new_span` its (start, end) in the expanded prompt.
     """
     offsets, growth = [], 0
     for match, run in zip(re.finditer(re.escape(IMAGE_TOKEN), prompt), image_runs, strict=True):
         start = match.start() - (prompt.count(marker, 0, match.start()) if marker else 0)
-        replacement = spell_run(run)
+        replacement = render_run(run)
         offsets.append(
             {
                 "type": "image",
@@ -162,7 +187,7 @@ def replacement_offsets(
 def encode_prompt(
     tokenizer: Any,
     prompt: str,
-    image_runs: Sequence[list[str | int]],
+    image_runs: Sequence[PromptPieces],
     image_token_id: int,
     marker: str | None = None,
     return_starts: bool = False,
@@ -175,7 +200,7 @@ def encode_prompt(
         image_runs: one run per placeholder, in order, from `image_run`.
         image_token_id: id that fills the runs.
         marker: the character of a `ControlTokenGuard`; the text on its two sides is tokenised apart.
-        return_starts: also tell where in `prompt` each id starts; needs a fast tokenizer.
+        return_starts: also return where in `prompt` each id starts; needs a fast tokenizer.
 
     Raises:
         ValueError: if the number of placeholders differs from the number of runs, the message holds both; or if the
@@ -196,38 +221,77 @@ def encode_prompt(
         )
     ids: list[int] = []
     starts: list[int] = []
-    text: list[tuple[str, int, bool]] = []  # (piece, start in prompt, piece is spelled out in prompt)
+    for segment in _segments(prompt, image_runs, marker):
+        if isinstance(segment, _ImageTokens):
+            ids += [image_token_id] * segment.count
+            starts += [segment.start] * segment.count
+            continue
+        text = "".join(piece.text for piece in segment)
+        if text and return_starts:
+            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            origins = [origin for piece in segment for origin in piece.origins()]
+            ids += encoding["input_ids"]
+            starts += [origins[min(offset, len(origins) - 1)] for offset, _ in encoding["offset_mapping"]]
+        elif text:
+            ids += tokenizer.encode(text, add_special_tokens=False)
+    return PromptIds(ids, starts if return_starts else None)
 
-    def flush() -> None:
-        whole = "".join(piece for piece, _, _ in text)
-        if return_starts and whole:
-            encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-            origins = [start + i * spelled for piece, start, spelled in text for i in range(len(piece))]
-            ids.extend(encoding["input_ids"])
-            starts.extend(origins[min(offset, len(origins) - 1)] for offset, _ in encoding["offset_mapping"])
-        elif whole:
-            ids.extend(tokenizer.encode(whole, add_special_tokens=False))
-        text.clear()
 
+class _TextPiece(NamedTuple):
+    """Text and the character of the prompt where it starts; the text of an image run comes from one placeholder."""
+
+    text: str
+    start: int
+    is_in_prompt: bool
+
+    def origins(self) -> list[int]:
+        """For each character of the text, the character of the prompt that it comes from."""
+        return [self.start + i * self.is_in_prompt for i in range(len(self.text))]
+
+
+class _ImageTokens(NamedTuple):
+    """A number of image tokens, and the character of the prompt where their placeholder starts."""
+
+    count: int
+    start: int
+
+
+def _segments(
+    prompt: str, image_runs: Sequence[PromptPieces], marker: str | None
+) -> Iterator[list[_TextPiece] | _ImageTokens]:
+    """Cut a prompt at its markers and image tokens; the pieces of text between two cuts are tokenised as one text."""
     runs = iter(image_runs)
+    text: list[_TextPiece] = []
     position = 0
     boundary = re.escape(IMAGE_TOKEN) + (f"|{re.escape(marker)}" if marker else "")
     for match in re.finditer(boundary, prompt):
-        text.append((prompt[position : match.start()], position, True))
+        text.append(_TextPiece(prompt[position : match.start()], position, True))
         position = match.end()
         if match.group() == marker:
-            flush()
+            yield text
+            text = []
             continue
         for piece in next(runs):
             if isinstance(piece, str):
-                text.append((piece, match.start(), False))
+                text.append(_TextPiece(piece, match.start(), False))
             else:
-                flush()
-                ids.extend([image_token_id] * piece)
-                starts.extend([match.start()] * piece)
-    text.append((prompt[position:], position, True))
-    flush()
-    return PromptIds(ids, starts if return_starts else None)
+                yield text
+                text = []
+                yield _ImageTokens(piece, match.start())
+    text.append(_TextPiece(prompt[position:], position, True))
+    yield text
+
+
+def render_messages(render: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function of transformers that renders messages by a chat template.
+
+    Raises:
+        ValueError, TypeError: if the template refuses the messages.
+    """
+    try:
+        return render(*args, **options)
+    except TEMPLATE_ERRORS as error:
+        raise ValueError(f"The chat template refuses these messages: {error}") from error
 
 
 def image_token_id_of(tokenizer: Any) -> int:
@@ -245,22 +309,22 @@ def image_token_id_of(tokenizer: Any) -> int:
     return token_id
 
 
-def leading_images(num_images: int, numbered: bool) -> str:
-    """Write the placeholders of images in front of a text, a line for each, or numbered on one line (12B V2)."""
-    if not numbered or num_images < 2:
+def leading_images(num_images: int, prompt_format: PromptFormat) -> str:
+    """Write the placeholders of images that stand in front of a text: one on each line, or numbered on one line."""
+    if not prompt_format.numbered or num_images < 2:
         return f"{IMAGE_TOKEN}\n" * num_images
     return " ".join(f"<image {number}>{IMAGE_TOKEN}" for number in range(1, num_images + 1)) + "\n"
 
 
 def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
-    """Part what the 12B V2 wrote into its reasoning and its answer, both stripped.
+    """Split what the 12B V2 wrote into its reasoning and its answer, both stripped.
 
     Args:
         text: what the model wrote. The prompt opens the reasoning, so that `<think>` itself may be missing.
-        thinking: the prompt asked for reasoning: a text without `</think>` is reasoning that was cut off.
+        thinking: whether the prompt requests reasoning. If it does, a text without `</think>` is unfinished reasoning.
 
     Returns:
-        `(reasoning, answer)`; one of them is empty where the model wrote only the other.
+        `(reasoning, answer)`; one of them is empty if the model wrote only the other.
     """
     reasoning, end, answer = text.partition(THINK_END)
     if not end and not (thinking or text.lstrip().startswith(THINK_START)):
@@ -269,31 +333,31 @@ def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
 
 
 def flatten_content(
-    content: Any, guard: ControlTokenGuard | None = None, images_first: bool = False
+    content: Any, guard: ControlTokenGuard | None = None, prompt_format: PromptFormat = V1_FORMAT
 ) -> tuple[str, list[Any]]:
     """Turn the content of a message into one string with `<image>` placeholders, and its images.
 
     Args:
         content: see `split_content`.
         guard: protects the text; None leaves it as it is.
-        images_first: the format of the 12B V2: all images in front, and no line feeds at the start of the text after
-            them. A text that is not protected and says `<image>` itself places them instead.
+        prompt_format: says where the images stand. If they come first, the text after them loses its leading line
+            feeds; a text that is not protected and holds `<image>` itself places the images instead.
 
     Returns:
-        the string, and one picture per image part (None where the part carries none).
+        the string, and the image of each image part (None if the part holds none).
 
     Raises:
         ValueError, TypeError: see `split_content`.
     """
-    texts, images = split_content(content, on_lines=not images_first)
-    if not images_first:
+    texts, images = split_content(content, on_lines=not prompt_format.images_first)
+    if not prompt_format.images_first:
         return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
     text = "".join(texts)
     placed = guard is None and IMAGE_TOKEN in text
     text = guard.protect(text) if guard else text
     if content is None or isinstance(content, str):
         return text, images
-    return ("" if placed else leading_images(len(images), numbered=True)) + text.lstrip("\n"), images
+    return ("" if placed else leading_images(len(images), prompt_format)) + text.lstrip("\n"), images
 
 
 def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[Any]]:
@@ -301,12 +365,13 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
 
     Args:
         content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
-            the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
-        on_lines: put images on lines of their own, as in training: a line feed follows unless the text brings one.
+            the image under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
+        on_lines: put images on lines of their own, as in training: a line feed follows an image unless the next text
+            starts with one.
 
     Returns:
-        the texts before, between and after the images, each whole, because two harmless parts may join to a control
-        token; and one picture per image part (None where the part carries none).
+        the texts before, between and after the images, each in one string, because two harmless parts may join to a
+        control token; and the image of each image part (None if the part holds none).
 
     Raises:
         ValueError: for a part of another type; nothing is dropped.
@@ -336,14 +401,14 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
         texts[-1] += "\n" if after_image and on_lines and not piece.startswith("\n") else ""
         after_image = kind != "text"
         if after_image:
-            images.append(_picture_of(part))
+            images.append(_image_of(part))
             texts.append("")
         else:
             texts[-1] += piece
     return texts, images
 
 
-def _picture_of(part: dict[str, Any]) -> Any:
+def _image_of(part: dict[str, Any]) -> Any:
     if part["type"] == "image_url":
         url = part.get("image_url")
         return url.get("url") if isinstance(url, dict) else url

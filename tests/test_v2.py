@@ -36,7 +36,7 @@ from nemotron_vl.modeling_nemotron_vl import (
     ProjectorRMSNorm,
 )
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
-from nemotron_vl.prompts import flatten_content, split_reasoning
+from nemotron_vl.prompts import V2_FORMAT, flatten_content, split_reasoning
 from nemotron_vl.quantization_nemotron_vl import packed_linears
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -803,7 +803,7 @@ def test_the_template_refuses_what_it_cannot_write(messages):
     "content", [None, "", "\na", [], [IMAGE], ["a"], [IMAGE, "\n\na"], ["a", IMAGE, "\nb", IMAGE], [IMAGE, "<image>b"]]
 )
 def test_the_template_flattens_parts_as_the_processor_does(content):
-    flattened, _ = flatten_content(content, images_first=True)
+    flattened, _ = flatten_content(content, prompt_format=V2_FORMAT)
     assert render([user(content)]) == render([user(flattened)])
 
 
