@@ -67,7 +67,7 @@ TEXT_OPTIONS = (
 )
 # Videos and audio are refused, so their options, which some clients always send, are accepted and ignored.
 OTHER_MODALITIES = ("videos", "audio", "audios")
-IGNORED_VIDEO_AUDIO_OPTIONS = (
+IGNORED_MEDIA_OPTIONS = (
     "num_frames",
     "fps",
     "do_sample_frames",
@@ -78,10 +78,7 @@ IGNORED_VIDEO_AUDIO_OPTIONS = (
     "audio_kwargs",
 )
 NESTED_OPTIONS = ("images_kwargs", "text_kwargs", "common_kwargs")
-CALL_OPTIONS = (
-    *(*TEXT_OPTIONS, *IMAGE_OPTIONS, "images"),
-    *(*NESTED_OPTIONS, *OTHER_MODALITIES, *IGNORED_VIDEO_AUDIO_OPTIONS),
-)
+CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *IGNORED_MEDIA_OPTIONS)
 # What a tokenizer may have been loaded with: AutoTokenizer.from_pretrained(..., padding="max_length", max_length=512).
 TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of transformers' own `apply_chat_template`: the first is always on here, the second concerns videos.
@@ -237,7 +234,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort call options into those of the image processor and those of the text, nested and common ones too."""
-        flat = {name: value for name, value in options.items() if name not in IGNORED_VIDEO_AUDIO_OPTIONS}
+        flat = {name: value for name, value in options.items() if name not in IGNORED_MEDIA_OPTIONS}
         for name in OTHER_MODALITIES:
             given = flat.pop(name, None)
             if given is not None and len(given):
@@ -394,7 +391,7 @@ class NemotronVLProcessor(ProcessorMixin):
             raise ValueError("continue_final_message=True needs a final message, but a conversation is empty.")
         template = self._resolve_template(chat_template)
         options, variables = self._split_template_options(kwargs, template)
-        options |= processor_kwargs or {}
+        options = options | (processor_kwargs or {})
         tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
         keep_parts = READS_PARTS.search(template) is not None and not self.prompt_format.images_first
@@ -496,10 +493,10 @@ class NemotronVLProcessor(ProcessorMixin):
 
 
 class NemotronVLV2Processor(NemotronVLProcessor):
-    """The processor of the 12B V2: images come first in a message, and the chat template can ask for reasoning.
+    """The processor of the 12B V2: images come first in a message, and the chat template can request reasoning.
 
-    `apply_chat_template(..., enable_thinking=True)` asks for it; without the argument the last `/think` or `/no_think`
-    in a system or user text decides, and without those there is none.
+    `apply_chat_template(..., enable_thinking=True)` requests it. Without this argument the last `/think` or `/no_think`
+    in a system or user text decides, and without either the model does not reason.
     """
 
     prompt_format = V2_FORMAT
