@@ -8,18 +8,16 @@ the published architectures and state what is particular to each.
 """
 
 import contextlib
-import copy
 import operator
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
+from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,13 +28,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
-from .chat_cache import ChatCache
+from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
-from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
-from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
+from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
 from .triton_kernels import runs_kernels
@@ -48,8 +45,6 @@ except ImportError:  # transformers 4.57, on which the config of the 12B V2 says
 
 logger = logging.get_logger(__name__)
 
-# Answers that ask for no length get this many tokens, as in the examples of the model card.
-DEFAULT_MAX_NEW_TOKENS = 1024
 # How far outside 0..1 a pixel may lie: rounding of bfloat16 tiles.
 PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
@@ -150,7 +145,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
         return prepare_loading(checkpoint, kwargs)
 
 
-class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMixin):
+class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
     Args:
@@ -158,7 +153,6 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
     """
 
     accepts_uint8_tiles = True  # rescaled on the tower's device
-    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -266,7 +260,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
         Raises:
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
-        _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        self._check_images(pixel_values)
         if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
             raise ValueError("pixel_values are uint8, but this model takes tiles that its image processor normalised.")
         num_tiles = len(pixel_values)
@@ -293,6 +287,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
             hidden_states=_join_layers([tower.hidden_states for tower in towers]),
             attentions=_join_layers([tower.attentions for tower in towers]),
         )
+
+    def _check_images(self, pixel_values: Any, visual_features: Any = None) -> None:
+        """Raise if tiles, or the features given instead of them, have another shape than the model takes."""
+        if visual_features is None:
+            _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        else:
+            width = self._projector_norm().numel()
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", width)
 
     def _vision_batch_size(self, num_tiles: int) -> int:
         size = self.config.vision_batch_size  # may have been set on the config after loading
@@ -508,11 +510,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
-            self._room_after(input_ids.shape[1])  # before the tower runs
+            self._tokens_left_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape(
-                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
-            )
+            self._check_images(None, visual_features)
             projected = self._project(_move(visual_features, self._projector_norm().device))
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
         elif pixel_values is not None:
@@ -575,7 +575,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
         new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
-    def _room_after(self, prompt_length: int) -> int:
+    def _tokens_left_after(self, prompt_length: int) -> int:
         """Return how many tokens the context window leaves for the answer to a prompt.
 
         Raises:
@@ -596,7 +596,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
         options = super()._prepare_generated_length(
             *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
-        room = self._room_after(inputs_tensor.shape[1])
+        room = self._tokens_left_after(inputs_tensor.shape[1])
         wanted = options.max_length - input_ids_length  # embeddings alone have no ids
         if wanted > room:
             logger.warning(
@@ -676,256 +676,6 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, GenerationMi
         generator.get_candidates = propose_text
         return generator
 
-    def chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None = None,
-        question: str | Sequence[str] | None = None,
-        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
-        history: Sequence[Any] | None = None,
-        return_history: bool = False,
-        num_patches: torch.Tensor | Sequence[Any] | None = None,
-        IMG_START_TOKEN: str = "<img>",
-        IMG_END_TOKEN: str = "</img>",
-        IMG_CONTEXT_TOKEN: str = "<image>",
-        verbose: bool = False,
-        visual_features: torch.Tensor | None = None,
-        system_prompt: str | None = None,
-        *,
-        num_patches_list: torch.Tensor | Sequence[Any] | None = None,
-        streamer: Any | None = None,
-        truncation: str | None = None,
-        enable_thinking: bool | None = None,
-        past_key_values: ChatCache | None = None,
-    ) -> Any:
-        """Answer a question, or a batch of them, about images or text.
-
-        `<image>` in the question and in the questions of the history is the place of an image, one per image in
-        order. A first question without any gets `<image>` and a line feed in front, once per image. All other
-        control tokens in the texts are plain text. Nothing is stored on the model, nothing of the caller's changes.
-
-        Args:
-            tokenizer: the checkpoint's tokenizer, or its processor.
-            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1: the tiles of all images, those of the history
-                first; None for text only.
-            question: one question, or a list for a batch.
-            generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
-            history: earlier `(question, answer)` pairs, for a batch one list per question.
-            return_history: also return the history with this turn appended.
-            num_patches: tiles per image; None takes all tiles as one image. For a batch either flat, shared out by
-                the placeholders (one image each when there are none), or one list per question.
-            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
-            verbose: log the prompt, with the image tokens left out.
-            visual_features: see `generate`; instead of `pixel_values`.
-            system_prompt: text of a system block in front.
-            num_patches_list: InternVL's name of `num_patches`.
-            streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
-            truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
-                answer fit the context, and says so; None raises instead.
-            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
-                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
-            past_key_values: a cache from `chat_cache()`, brought up to date in place. The answer is the one without
-                it; what the prompt has in common with the last one that went through it is not computed again, its
-                pictures neither. Pass all pixels and the history as ever. One question only.
-
-        Returns:
-            the answer; with `return_history` `(answer, history)`; for a batch lists of them.
-
-        Raises:
-            ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
-                fit the context; the message holds the numbers and the remedy.
-        """
-        if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != ("<img>", "</img>", "<image>"):
-            raise ValueError(
-                f"The image tokens of this model are <img>, </img> and <image>, not {IMG_START_TOKEN}, "
-                f"{IMG_END_TOKEN} and {IMG_CONTEXT_TOKEN}. Leave these arguments out."
-            )
-        if truncation not in (None, "oldest_turns"):
-            raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        options, extra_options = self._generation_options(tokenizer, generation_config)
-        if past_key_values is not None:
-            _check_chat_cache(past_key_values, question, options)
-            extra_options["past_key_values"] = past_key_values
-        tiles = visual_features if visual_features is not None else pixel_values
-        if visual_features is not None:
-            _check_shape(
-                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
-            )
-        elif pixel_values is not None:
-            _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
-        prompts = build_chat_prompts(
-            tokenizer,
-            question,
-            history=history,
-            num_tiles=0 if tiles is None else len(tiles),
-            num_patches=num_patches if num_patches is not None else num_patches_list,
-            tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
-            image_token_id=self._chat_image_token_id(tokenizer),
-            image_tag_type=self.config.image_tag_type,
-            # InternVL clients set their system prompt on the model.
-            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
-            max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
-            numbers_images=self.numbers_images,
-            enable_thinking=enable_thinking,
-        )
-        if tiles is not None:
-            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
-        if verbose:
-            logger.warning("\n".join(prompt.text for prompt in prompts))
-        answers = self._answer(
-            tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
-        )
-        results = [
-            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        if isinstance(question, str):
-            return results[0]
-        return tuple(map(list, zip(*results, strict=True))) if return_history else results
-
-    def _generation_options(
-        self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Return a fresh `GenerationConfig` with the chat's defaults, and what of a dict does not belong into one."""
-        if isinstance(generation_config, GenerationConfig):
-            options, given = copy.deepcopy(generation_config), {}
-        else:
-            options, given = copy.deepcopy(self.generation_config), dict(generation_config or {})
-            options.eos_token_id = tokenizer.eos_token_id
-        extra_options = options.update(**given)
-        if options.eos_token_id is None:
-            options.eos_token_id = tokenizer.eos_token_id
-        if options.pad_token_id is None:
-            pad, eos = tokenizer.pad_token_id, options.eos_token_id
-            options.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
-        if options.max_new_tokens is None and options.max_length == GenerationConfig().max_length:
-            options.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        if (options.num_return_sequences or 1) > 1:
-            raise ValueError(
-                f"chat() gives one answer per question, but num_return_sequences={options.num_return_sequences}. "
-                "Call generate() for several."
-            )
-        return options, extra_options
-
-    def _longest_prompt(self, max_new_tokens: int) -> int:
-        window = self.config.max_sequence_length
-        if max_new_tokens >= window:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of {window} tokens, so "
-                "truncation='oldest_turns' cannot say which turns fit. Ask for fewer."
-            )
-        return window - max_new_tokens
-
-    def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
-        if visual_features is not None:
-            return visual_features.shape[1]
-        if pixel_values is None:
-            return self.config.num_image_tokens_per_tile
-        height, width = pixel_values.shape[-2:]
-        side = self.config.patch_size * self.config.merge_size
-        if height % side or width % side:
-            raise ValueError(
-                f"pixel_values holds tiles of {height}x{width} px, whose sides are not multiples of {side} px. Cut "
-                f"tiles of {self.config.force_image_size} px with this checkpoint's image processor."
-            )
-        return (height // side) * (width // side)
-
-    def _chat_image_token_id(self, tokenizer: Any) -> int:
-        token_id = image_token_id_of(tokenizer)
-        if self.config.image_token_id not in (None, token_id):
-            raise ValueError(
-                f"The tokenizer's <image> has id {token_id}, but config.img_context_token_id is "
-                f"{self.config.image_token_id}. Load tokenizer and model from the same checkpoint."
-            )
-        return token_id
-
-    def _answer(
-        self,
-        tokenizer: Any,
-        prompts: list[ChatPrompt],
-        options: GenerationConfig,
-        streamer: Any | None,
-        tiles: torch.Tensor | None,
-        tiles_are_features: bool,
-        extra_options: dict[str, Any],
-    ) -> list[str]:
-        """Generate for left-padded prompts and decode each answer up to its end token."""
-        width = max(len(prompt.input_ids) for prompt in prompts)
-        paddings = [width - len(prompt.input_ids) for prompt in prompts]
-        pad = options.pad_token_id
-        ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in paddings]
-        device = self.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
-        cache = extra_options.get("past_key_values")
-        new_tiles = tiles
-        if isinstance(cache, ChatCache):
-            kept_tiles = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
-            new_tiles = tiles[kept_tiles:] if tiles is not None and kept_tiles < len(tiles) else None
-        kind = "visual_features" if tiles_are_features else "pixel_values"
-        images = {kind: new_tiles} if new_tiles is not None else {}
-        if options.stop_strings is not None:
-            extra_options = {"tokenizer": tokenizer, **extra_options}
-        output = self.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=options,
-            streamer=streamer,
-            **images,
-            **extra_options,
-        )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if isinstance(cache, ChatCache):
-            cache.remember(sequences[0].tolist(), tiles)
-        return [
-            tokenizer.decode(_before_end(new_ids, options), skip_special_tokens=False).strip()
-            for new_ids in sequences[:, width:].tolist()
-        ]
-
-    def chat_cache(self) -> ChatCache:
-        """Return an empty cache for `past_key_values` of `chat`; the caller holds it, the model does not.
-
-        Raises:
-            ValueError: for the 12B V2.
-        """
-        if self._is_stateful:
-            raise ValueError(
-                "The Mamba layers of this model cannot go back to where a new prompt differs from the last one, so "
-                "chat() keeps no cache. Keep the pictures' features: generate(..., mm_encoder_outputs=...)."
-            )
-        return ChatCache()
-
-    def chat_stream(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None = None,
-        question: str | None = None,
-        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
-
-        The generation runs in a thread of its own. It ends when the loop over the pieces is left or the iterator is
-        closed (before the next token), and what `chat` raises is raised in the loop.
-
-        Args:
-            tokenizer, pixel_values, question, generation_config: as for `chat`.
-            kwargs: further arguments of `chat`, except `streamer`.
-        """
-        options, _ = self._generation_options(getattr(tokenizer, "tokenizer", tokenizer), generation_config)
-        stream = _AnswerStream(getattr(tokenizer, "tokenizer", tokenizer), options)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream") as pool:
-            answer = pool.submit(
-                self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
-            )
-            answer.add_done_callback(lambda _: stream.end())  # also after an error: nobody waits for ever
-            try:
-                yield from stream
-                answer.result()
-            finally:
-                stream.abandoned = True
-
 
 class NemotronVLModel:
     """A model without its head: prompts and images to hidden states.
@@ -971,35 +721,6 @@ class NemotronVLModel:
         )
         decoder = self._whole.get_decoder()
         return decoder(**prompt, attention_mask=attention_mask, return_dict=True, **kwargs)
-
-
-class _AnswerStream(TextIteratorStreamer):
-    """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
-
-    def __init__(self, tokenizer: Any, options: GenerationConfig):
-        super().__init__(tokenizer, skip_prompt=True)
-        self.options = options
-        self.abandoned = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.abandoned:
-            raise RuntimeError("The answer is not read any more.")  # ends generate(); chat_stream keeps it to itself
-        if self.next_tokens_are_prompt:
-            super().put(value)
-        elif new_ids := _before_end(value.flatten().tolist(), self.options):
-            super().put(torch.tensor(new_ids))
-
-
-def _to_remember(prompt: ChatPrompt, answer: str) -> str:
-    """Return what of an answer the next prompt holds: no reasoning."""
-    thinking = prompt.text.rstrip().endswith(THINK_START)
-    return split_reasoning(answer, thinking)[1] if thinking else answer
-
-
-def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
-    """Return the ids before the first end token."""
-    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
-    return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -1048,22 +769,6 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
-def _check_chat_cache(cache: Any, question: Any, options: GenerationConfig) -> None:
-    """Raise if a cache cannot be kept for `chat()`, or not with this question and these options."""
-    if not isinstance(cache, ChatCache):
-        raise TypeError(
-            f"past_key_values of chat() must be a cache from model.chat_cache(), which knows the ids that it holds, "
-            f"got {type(cache).__name__}. generate() takes any cache."
-        )
-    if not isinstance(question, str):
-        raise ValueError("past_key_values keeps one conversation. Ask one question (a string) at a time.")
-    if (options.num_beams or 1) > 1 or options.use_cache is False:
-        raise ValueError(
-            f"past_key_values cannot be kept with num_beams={options.num_beams}, use_cache={options.use_cache}. Leave "
-            "both out, or past_key_values."
-        )
-
-
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
     """Raise if the prompt's image tokens and the images' features differ in number."""
     message = (
@@ -1090,6 +795,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin
 
     config: NemotronVLConfig
     config_class = NemotronVLConfig
+    prompt_format = V1_FORMAT
     # Sharders refuse a name that no module has, so each member names its own blocks.
     _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
@@ -1109,10 +815,9 @@ class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin
         ]
 
     def _pixel_limits(self) -> tuple[float, float, str]:
-        function = f"{undo_normalization.__module__.rsplit('.', 1)[-1]}.{undo_normalization.__name__}(pixel_values)"
         remedy = (
             "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
-            f"normalisation of tiles made elsewhere: {function}"
+            "normalisation of tiles made elsewhere: image_processing.undo_normalization(pixel_values)"
         )
         return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
 
@@ -1168,7 +873,7 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
     config: NemotronVLV2Config
     config_class = NemotronVLV2Config
     accepts_uint8_tiles = False
-    numbers_images = True
+    prompt_format = V2_FORMAT
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nemotron_vl.chat_cache import ChatCache
+from nemotron_vl.chat import ChatCache
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from transformers import DynamicCache

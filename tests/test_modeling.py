@@ -1,7 +1,9 @@
 """The model: published answers from published checkpoints, standard generation, loud mismatches, no state."""
 
 import copy
+import importlib
 import json
+import re
 import threading
 
 import pytest
@@ -387,6 +389,11 @@ def test_normalised_or_raw_pixels_are_refused_with_the_remedy(model, processor, 
     batch["pixel_values"] = batch["pixel_values"] * scale + shift
     with pytest.raises(ValueError, match="undo_normalization"):
         model.generate(**batch, **GREEDY)
+
+
+def test_the_remedy_for_normalised_pixels_names_a_function_that_exists(model):
+    module, function = re.search(r"(\w+)\.(\w+)\(pixel_values\)", model._pixel_limits()[2]).groups()
+    assert callable(getattr(importlib.import_module(f"nemotron_vl.{module}"), function))
 
 
 def test_prompt_beyond_the_context_is_refused_with_the_numbers(model, processor):

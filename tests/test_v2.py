@@ -32,12 +32,8 @@ from nemotron_vl.modeling_nemotron_vl import (
     NemotronVLForConditionalGeneration,
     ProjectorRMSNorm,
 )
-from nemotron_vl.processing_nemotron_vl import (
-    NemotronVLProcessor,
-    NemotronVLV2Processor,
-    flatten_content,
-    split_reasoning,
-)
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
+from nemotron_vl.prompts import V2_FORMAT, flatten_content, split_reasoning
 from nemotron_vl.quantization_nemotron_vl import packed_linears
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -792,7 +788,7 @@ def test_the_template_refuses_what_it_cannot_write(messages):
     "content", [None, "", "\na", [], [IMAGE], ["a"], [IMAGE, "\n\na"], ["a", IMAGE, "\nb", IMAGE], [IMAGE, "<image>b"]]
 )
 def test_the_template_flattens_parts_as_the_processor_does(content):
-    flattened, _ = flatten_content(content, images_first=True)
+    flattened, _ = flatten_content(content, prompt_format=V2_FORMAT)
     assert render([user(content)]) == render([user(flattened)])
 
 

@@ -23,6 +23,7 @@ import jinja2
 from nemotron_vl.checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, CheckpointError, read_json
 from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig, NemotronVLV2Config
 from nemotron_vl.image_processing import V2_RECIPE, NemotronVLImageProcessor
+from nemotron_vl.processing_nemotron_vl import with_keys_of_all_versions
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -184,7 +185,7 @@ def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
         )
     template = _source_template(source, tokenizer)
     path = source / "special_tokens_map.json"
-    tokenizer = _spell_for_every_version(found, tokenizer, read_json(path) if path.exists() else {}, added)
+    tokenizer = _complete_tokenizer_config(found, tokenizer, read_json(path) if path.exists() else {}, added)
     for name in ("bos_token", "eos_token"):
         if name not in tokenizer:
             found.problems.append(f"The tokenizer files name no {name}.")
@@ -207,15 +208,13 @@ def _added_tokens(vocabulary: dict[str, Any], tokenizer: dict[str, Any]) -> dict
         raise CheckpointError(f"tokenizer.json or tokenizer_config.json has broken added tokens: {error}") from None
 
 
-def _spell_for_every_version(
+def _complete_tokenizer_config(
     found: Inspection, tokenizer: dict[str, Any], special: dict[str, Any], added: dict[str, int]
 ) -> dict[str, Any]:
     ours = read_json(found.ours / "tokenizer_config.json")
     text_config = found.config.llm_config
-    extra = tokenizer.get("extra_special_tokens")
-    if isinstance(extra, list):  # transformers 5 writes a list where 4.57 takes only a dict
-        tokenizer["additional_special_tokens"] = extra
-    if isinstance(extra, list) or not extra:
+    tokenizer = with_keys_of_all_versions(tokenizer)
+    if not tokenizer.get("extra_special_tokens"):
         tokenizer.pop("extra_special_tokens", None)
     for name in ("auto_map", "chat_template"):  # foreign code; the template has a file of its own
         tokenizer.pop(name, None)
