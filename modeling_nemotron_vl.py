@@ -90,6 +90,25 @@ def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
     return blocks.reshape(num_tiles, merged_height, merged_width, merge_size**2 * hidden_size)
 
 
+class ProjectorRMSNorm(nn.Module):
+    """RMSNorm with everything, also the multiplication by the weight, in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features_float = features.float()
+        scale = torch.rsqrt(features_float.square().mean(-1, keepdim=True) + self.eps)
+        return (features_float * scale * self.weight.float()).to(features.dtype)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(features).square()
+
+
 class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
@@ -293,7 +312,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         if visual_features is None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
         else:
-            width = self._projector_norm().numel()
+            width = self.config.vit_hidden_size * self.config.merge_size**2
             _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", width)
 
     def _vision_batch_size(self, num_tiles: int) -> int:
@@ -316,12 +335,11 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             merged = merged.transpose(1, 2)
         return tower, self._project(merged.flatten(1, 2))
 
-    def _projector_norm(self) -> torch.Tensor:
-        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
-        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
-
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        return self.mlp1(merged.to(self._projector_norm().dtype))
+        """Project merged patches, `(num_tiles, tokens, width)`, on the device and in the dtype of the projector."""
+        # The weight of the norm, which is never quantised; not mlp1[0], because PEFT's modules_to_save wraps mlp1.
+        weight = next(self.mlp1.parameters())
+        return self.mlp1(_move(merged, weight.device).to(weight.dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -513,8 +531,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             self._tokens_left_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
             self._check_images(None, visual_features)
-            projected = self._project(_move(visual_features, self._projector_norm().device))
-            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
+            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(visual_features)))
         elif pixel_values is not None:
             if pixel_values.dtype != torch.uint8:
                 _check_pixel_range(pixel_values, *self._pixel_limits())
@@ -723,6 +740,99 @@ class NemotronVLModel:
         return decoder(**prompt, attention_mask=attention_mask, return_dict=True, **kwargs)
 
 
+class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
+    """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
+
+    config: NemotronVLConfig
+    config_class = NemotronVLConfig
+    prompt_format = V1_FORMAT
+    # Sharders refuse a name that no module has, so each member names its own blocks.
+    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
+
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        # For None, transformers writes "sdpa" there.
+        text_config._attn_implementation = text_config._attn_implementation or default_attention()
+        return LlamaForCausalLM(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            nn.LayerNorm(merged_size),
+            nn.Linear(merged_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, text_size),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        remedy = (
+            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
+            "normalisation of tiles made elsewhere: image_processing.undo_normalization(pixel_values)"
+        )
+        return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
+
+
+class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
+    """transformers' NemotronH under the published names: `backbone` instead of `model`."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, config: PretrainedConfig):
+        super(NemotronHForCausalLM, self).__init__(config)
+        self.backbone = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for block in self.backbone.layers:
+            if block.block_type == "linear_attention":
+                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
+                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
+                block.mixer.time_step_limit = tuple(config.time_step_limit)
+        self.post_init()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The backbone, under transformers' name."""
+        return self.backbone
+
+
+class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
+    """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
+
+    The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
+    """
+
+    config: NemotronVLV2Config
+    config_class = NemotronVLV2Config
+    accepts_uint8_tiles = False
+    prompt_format = V2_FORMAT
+    _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
+    _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
+
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        return NemotronHBackbone(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            ProjectorRMSNorm(merged_size),
+            nn.Linear(merged_size, hidden_size, bias=False),
+            SquaredReLU(),
+            nn.Linear(hidden_size, text_size, bias=False),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        statistics = list(zip(self.config.norm_mean, self.config.norm_std, strict=True))
+        low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+        """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
+        return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
+
+
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
     return tensor if device.type == "meta" else tensor.to(device)
@@ -788,118 +898,6 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
     low, high = (float(value) for value in pixel_values.aminmax())
     if not (low >= lowest and high <= highest):
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
-
-
-class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
-    """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
-
-    config: NemotronVLConfig
-    config_class = NemotronVLConfig
-    prompt_format = V1_FORMAT
-    # Sharders refuse a name that no module has, so each member names its own blocks.
-    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
-
-    @staticmethod
-    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        # For None, transformers writes "sdpa" there.
-        text_config._attn_implementation = text_config._attn_implementation or default_attention()
-        return LlamaForCausalLM(text_config)
-
-    @staticmethod
-    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
-        return [
-            nn.LayerNorm(merged_size),
-            nn.Linear(merged_size, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, text_size),
-        ]
-
-    def _pixel_limits(self) -> tuple[float, float, str]:
-        remedy = (
-            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
-            "normalisation of tiles made elsewhere: image_processing.undo_normalization(pixel_values)"
-        )
-        return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
-
-
-class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
-    """transformers' NemotronH under the published names: `backbone` instead of `model`."""
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, config: PretrainedConfig):
-        super(NemotronHForCausalLM, self).__init__(config)
-        self.backbone = NemotronHModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for block in self.backbone.layers:
-            if block.block_type == "linear_attention":
-                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
-                block.mixer.time_step_limit = tuple(config.time_step_limit)
-        self.post_init()
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The backbone, under transformers' name."""
-        return self.backbone
-
-
-class ProjectorRMSNorm(nn.Module):
-    """RMSNorm with everything, also the multiplication by the weight, in float32."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        features_float = features.float()
-        scale = torch.rsqrt(features_float.square().mean(-1, keepdim=True) + self.eps)
-        return (features_float * scale * self.weight.float()).to(features.dtype)
-
-
-class SquaredReLU(nn.Module):
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return nn.functional.relu(features).square()
-
-
-class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
-    """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
-
-    The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
-    """
-
-    config: NemotronVLV2Config
-    config_class = NemotronVLV2Config
-    accepts_uint8_tiles = False
-    prompt_format = V2_FORMAT
-    _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
-    _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
-
-    @staticmethod
-    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        return NemotronHBackbone(text_config)
-
-    @staticmethod
-    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
-        return [
-            ProjectorRMSNorm(merged_size),
-            nn.Linear(merged_size, hidden_size, bias=False),
-            SquaredReLU(),
-            nn.Linear(hidden_size, text_size, bias=False),
-        ]
-
-    def _pixel_limits(self) -> tuple[float, float, str]:
-        statistics = list(zip(self.config.norm_mean, self.config.norm_std, strict=True))
-        low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
-        high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
-        return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
-
-    @staticmethod
-    def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
-        """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
-        return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
 
 
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

@@ -84,7 +84,9 @@ def test_same_prompt_again_and_text_alone(model, processor):
 
 
 def test_kept_features_stand_for_pictures(model, processor):
-    features = torch.rand(2, 4, model._projector_norm().numel(), generator=torch.Generator().manual_seed(0))
+    features = torch.rand(
+        2, 4, model.config.vit_hidden_size * model.config.merge_size**2, generator=torch.Generator().manual_seed(0)
+    )
     cache = model.chat_cache()
     for question in ("<image>?", "<image>!"):
         options = {"visual_features": features}

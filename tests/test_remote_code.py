@@ -47,8 +47,8 @@ ARROWS = {
     "chat": "prompts",
     "processing_nemotron_vl": "prompts image_processing",
     "modeling_nemotron_vl": (
-        "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat prompts"
-        " packed_matmul"  # for transformers 4.57, which copies direct imports alone
+        "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
+        "prompts packed_matmul"  # the latter for transformers 4.57, which copies direct imports alone
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
