@@ -1,4 +1,4 @@
-"""Make the flat root importable (see `tools`), keep transformers offline, and lend the tests a tiny checkpoint."""
+"""Make the flat root importable (see `tools`), keep transformers offline, and lend the tests checkpoints."""
 
 import json
 import os
@@ -67,9 +67,10 @@ def golden_inputs(folder: Path, name: str) -> dict[str, torch.Tensor]:
         inputs["pixel_values"] = stored[f"{name}.pixel_values"]
     elif case.get("images"):
         image_processor = NemotronVLImageProcessor.from_pretrained(folder / "checkpoint")
-        inputs["pixel_values"] = image_processor([Image.open(folder / file) for file in case["images"]])[
-            "pixel_values"
-        ]
+        inputs |= image_processor([Image.open(folder / file) for file in case["images"]])
+        del inputs["num_patches"]
+    elif f"{name}.image_features" in stored:
+        pytest.skip(f"the golden case {name} has neither pixel_values nor images")
     return inputs
 
 

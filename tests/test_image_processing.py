@@ -189,7 +189,7 @@ def test_tile_counts_and_statistics_equal_the_golden(golden_8b):
 
 
 def test_pixels_equal_the_golden(golden_8b):
-    """A set stores the published pixels, or their digest, or neither: then their features and answers show them."""
+    """A set may hold the pixels or their digest. Where it holds neither, only the counts are compared here."""
     from safetensors.torch import load_file
 
     processor = NemotronVLImageProcessor.from_pretrained(golden_8b / "checkpoint")
