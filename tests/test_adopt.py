@@ -605,7 +605,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def opened(published, request, tmp_path_factory) -> dict[str, dict]:
-    """What a fresh process finds behind every door of adopted checkpoints: the tiny one, and the golden if there."""
+    """What a fresh process finds behind every door of adopted checkpoints: the tiny one and the golden ones."""
     work = tmp_path_factory.mktemp("adopted")
     question = {"question": "Hi", "images": [], "system_prompt": None, "history": None, "max_new_tokens": 2}
     jobs = [("tiny", published, [question])]
