@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 import re
 import threading
 
@@ -15,18 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
+from tests.conftest import golden_cases, golden_inputs, read_golden_cases
 from tests.prompts import GREEDY, ONE, WIDE, encode
-
-CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
-
 
 # --- the published results --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def golden(golden_8b):
-    cases = {case["name"]: case for case in json.loads((golden_8b / "expected.json").read_text())["cases"]}
-    return cases, load_file(golden_8b / "expected.safetensors")
+    return read_golden_cases(golden_8b), load_file(golden_8b / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +35,23 @@ def golden_tokenizer(golden_8b):
     return PreTrainedTokenizerFast.from_pretrained(golden_8b / "checkpoint")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_features_and_logits_equal_the_published_code(golden_model, golden, name):
+@pytest.mark.parametrize("name", golden_cases("8b-v1"))
+def test_features_and_logits_equal_the_golden(golden_8b, golden_model, golden, name):
     _, tensors = golden
-    pixel_values, input_ids = tensors.get(f"{name}.pixel_values"), tensors[f"{name}.input_ids"].view(1, -1)
+    inputs = golden_inputs(golden_8b, name)
     with torch.no_grad():
-        logits = golden_model(input_ids=input_ids, pixel_values=pixel_values).logits
-        expected = tensors[f"{name}.logits_last"].view(-1, logits.shape[-1])
-        torch.testing.assert_close(logits[0, -len(expected) :], expected, atol=1e-4, rtol=0)
-        if pixel_values is not None:
-            outputs = golden_model.get_image_features(pixel_values)
+        logits, expected = golden_model(**inputs).logits, tensors[f"{name}.logits_last"]
+        torch.testing.assert_close(logits[:, -expected.shape[1] :], expected, atol=1e-4, rtol=0)
+        if "pixel_values" in inputs:
+            outputs = golden_model.get_image_features(inputs["pixel_values"])
             tower, projected = tensors[f"{name}.tower_features"], tensors[f"{name}.image_features"]
             torch.testing.assert_close(outputs.last_hidden_state[: len(tower)], tower, atol=1e-4, rtol=0)
             got = torch.cat(outputs.pooler_output).view_as(projected)
             torch.testing.assert_close(got, projected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_chat_gives_the_published_answer_history_and_ids(golden_8b, golden_model, golden_tokenizer, golden, name):
+@pytest.mark.parametrize("name", golden_cases("8b-v1"))
+def test_chat_gives_the_golden_answer_history_and_ids(golden_8b, golden_model, golden_tokenizer, golden, name):
     cases, tensors = golden
     case = cases[name]
     options = {"max_new_tokens": case["max_new_tokens"], "do_sample": False}

@@ -3,24 +3,19 @@
 import inspect
 import itertools
 import json
-import os
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from nemotron_vl.configuration_nemotron_vl import RADIOConfig
 from nemotron_vl.radio_model import RADIOModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden")) / "8b-v1"
-GOLDEN_SIZES = ["128x128", "128x80", "16x48", "256x128", "64x128"]
-GOLDEN_CASES = ["one_tile", "second_turn", "tall", "two_images", "wide"]
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="reference outputs are not beside the checkout")
+from tests.conftest import golden_inputs, golden_parameters
 
 # The position table of the tiny tower covers 64 x 64 px: smaller, equal, larger, and one side equal.
 SIZES = [(16, 16), (32, 48), (48, 16), (64, 64), (64, 32), (80, 96)]
@@ -58,32 +53,40 @@ def embedder_inputs(tower, pixel_values):
 # ------------------------------------------------------------------------------------------------ references
 
 
+def golden_names(suffix: str) -> list:
+    """What stands before `suffix` in the names of the stored tensors."""
+
+    def find(folder):
+        with safe_open(folder / "expected.safetensors", "pt") as file:
+            return sorted(name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix))  # noqa: SIM118
+
+    return golden_parameters("8b-v1", find)
+
+
 @pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "expected.safetensors")
+def golden(golden_8b):
+    return load_file(golden_8b / "expected.safetensors")
 
 
-@needs_golden
 @pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", golden_names(".x_uint8"))
 @torch.no_grad()
-def test_tower_equals_the_published_outputs(golden, align_corners):
-    tower = RADIOModel.from_pretrained(GOLDEN / "checkpoint", align_corners=align_corners)
-    for size in GOLDEN_SIZES:
-        output = tower(golden[f"tower_{size}.x_uint8"] / 255)
-        expected = golden[f"tower_{size}.features{'' if align_corners else '_align_corners_false'}"]
-        torch.testing.assert_close(output.features, expected, atol=1e-4, rtol=0)
-        if align_corners:
-            torch.testing.assert_close(output.summary, golden[f"tower_{size}.summary"], atol=1e-4, rtol=0)
+def test_tower_equals_the_golden_outputs(golden_8b, golden, size, align_corners):
+    tower = RADIOModel.from_pretrained(golden_8b / "checkpoint", align_corners=align_corners)
+    output = tower(golden[f"{size}.x_uint8"] / 255)
+    expected = golden[f"{size}.features{'' if align_corners else '_align_corners_false'}"]
+    torch.testing.assert_close(output.features, expected, atol=1e-4, rtol=0)
+    if align_corners:
+        torch.testing.assert_close(output.summary, golden[f"{size}.summary"], atol=1e-4, rtol=0)
 
 
-@needs_golden
+@pytest.mark.parametrize("name", golden_names(".tower_features"))
 @torch.no_grad()
-def test_tower_equals_the_published_features_of_chats(golden):
-    tower = RADIOModel.from_pretrained(GOLDEN / "checkpoint")
-    for case in GOLDEN_CASES:
-        expected = golden[f"{case}.tower_features"]
-        features = tower(x=golden[f"{case}.pixel_values"][: len(expected)]).features
-        torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+def test_tower_equals_the_golden_features_of_chats(golden_8b, golden, name):
+    tower = RADIOModel.from_pretrained(golden_8b / "checkpoint")
+    expected = golden[f"{name}.tower_features"]
+    features = tower(x=golden_inputs(golden_8b, name)["pixel_values"][: len(expected)]).features
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
 
 
 def native_weights(tower):

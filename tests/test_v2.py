@@ -1,11 +1,12 @@
 """The 12B V2: what it does otherwise than the 8B V1, and that it equals the published model.
 
-Everything it shares with the 8B V1 is tested there. References: the stored outputs of `../shared/golden/12b-v2`, and
-plain restatements of the published recipe.
+Everything it shares with the 8B V1 is tested there. References: the stored outputs in `tests/golden/12b-v2`, and plain
+restatements of the published recipe.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -40,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tests.conftest import golden_cases, golden_inputs, load_weights, read_golden_cases
 from tests.prompts import picture
 from tools import ROOT, adopt, chat
 from tools.build_index import build_index
@@ -265,71 +267,77 @@ def golden(golden_12b) -> dict[str, torch.Tensor]:
     return load_file(golden_12b / "expected.safetensors")
 
 
-def inputs_of(golden: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    names = [key for key in ("input_ids", "pixel_values") if f"{name}.{key}" in golden]
-    return {key: golden[f"{name}.{key}"] for key in names}
-
-
-CASES = ["one_tile", "three_tiles", "text_only"]
-
-
 @needs_nemotron_h
-@pytest.mark.parametrize("name", CASES)
-def test_features_and_logits_equal_the_golden(golden_model, golden, name):
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_features_and_logits_equal_the_golden(golden_12b, golden_model, golden, name):
+    inputs = golden_inputs(golden_12b, name)
     with torch.no_grad():
-        logits = golden_model(**inputs_of(golden, name)).logits
-        torch.testing.assert_close(logits[:, -8:], golden[f"{name}.logits_last"], atol=1e-4, rtol=0)
-        if f"{name}.pixel_values" in golden:
-            features = golden_model.get_image_features(golden[f"{name}.pixel_values"])
-            tower, image = features.last_hidden_state, torch.stack(features.pooler_output)
-            torch.testing.assert_close(tower, golden[f"{name}.tower_features"], atol=1e-4, rtol=0)
-            torch.testing.assert_close(image, golden[f"{name}.image_features"], atol=1e-4, rtol=0)
+        logits, last = golden_model(**inputs).logits, golden[f"{name}.logits_last"]
+        torch.testing.assert_close(logits[:, -last.shape[1] :], last, atol=1e-4, rtol=0)
+        if "pixel_values" in inputs:
+            features = golden_model.get_image_features(inputs["pixel_values"])
+            tower, image = golden[f"{name}.tower_features"], golden[f"{name}.image_features"]
+            torch.testing.assert_close(features.last_hidden_state[: len(tower)], tower, atol=1e-4, rtol=0)
+            torch.testing.assert_close(torch.cat(features.pooler_output).view_as(image), image, atol=1e-4, rtol=0)
+
+
+def greedy(num_tokens: int) -> dict:
+    """Options that generate so many tokens; end tokens do not stop them."""
+    return {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @needs_nemotron_h
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_ids_equal_the_golden(golden_model, golden, name, use_cache):
-    inputs = inputs_of(golden, name)
-    output = golden_model.generate(**inputs, use_cache=use_cache, eos_token_id=None, pad_token_id=0, **GREEDY)
-    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], golden[f"{name}.output_ids"])
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_greedy_ids_equal_the_golden(golden_12b, golden_model, golden, name, use_cache):
+    inputs, stored = golden_inputs(golden_12b, name), golden[f"{name}.output_ids"]
+    output = golden_model.generate(**inputs, use_cache=use_cache, **greedy(stored.shape[1]))
+    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], stored)
 
 
 @needs_nemotron_h
-def test_left_padded_batches_give_the_golden(golden_model, golden):
+def test_left_padded_batches_give_the_golden(golden_12b, golden_model, golden):
     """Prompts of different lengths: the Mamba states must not see the padding."""
-    width = max(golden[f"{name}.input_ids"].shape[1] for name in CASES)
-    rows = [torch.nn.functional.pad(golden[f"{name}.input_ids"][0], (width, 0), value=5)[-width:] for name in CASES]
-    lengths = [golden[f"{name}.input_ids"].shape[1] for name in CASES]
+    names = list(read_golden_cases(golden_12b))
+    cases = [golden_inputs(golden_12b, name) for name in names]
+    lengths = [case["input_ids"].shape[1] for case in cases]
+    width = max(lengths)
+    rows = [torch.nn.functional.pad(case["input_ids"][0], (width, 0), value=5)[-width:] for case in cases]
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
-    pixels = torch.cat([golden[f"{name}.pixel_values"] for name in CASES[:2]])
-    inputs = {"input_ids": torch.stack(rows), "attention_mask": mask, "pixel_values": pixels}
+    inputs = {"input_ids": torch.stack(rows), "attention_mask": mask}
+    if pixels := [case["pixel_values"] for case in cases if "pixel_values" in case]:
+        inputs["pixel_values"] = torch.cat(pixels)
+    last = torch.cat([golden[f"{name}.logits_last"] for name in names])
     with torch.no_grad():
-        logits = golden_model(**inputs).logits[:, -8:]
-    torch.testing.assert_close(logits, torch.cat([golden[f"{name}.logits_last"] for name in CASES]), atol=1e-4, rtol=0)
-    output = golden_model.generate(**inputs, eos_token_id=None, pad_token_id=0, **GREEDY)
-    assert torch.equal(output[:, width:], torch.cat([golden[f"{name}.output_ids"] for name in CASES]))
+        logits = golden_model(**inputs).logits[:, -last.shape[1] :]
+    torch.testing.assert_close(logits, last, atol=1e-4, rtol=0)
+    stored = [golden[f"{name}.output_ids"][0] for name in names]
+    output = golden_model.generate(**inputs, **greedy(max(len(ids) for ids in stored)))
+    assert all(torch.equal(new[: len(ids)], ids) for new, ids in zip(output[:, width:], stored, strict=True))
 
 
 @needs_nemotron_h
-def test_chat_writes_the_golden_prompts(golden_12b, golden_model, golden, monkeypatch):
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_chat_writes_the_golden_prompts(golden_12b, golden_model, golden, name, monkeypatch):
     processor = NemotronVLV2Processor.from_pretrained(golden_12b / "checkpoint", chat_template=TEMPLATE)
     processor.tokenizer.chat_template = TEMPLATE
     prompts = []
     monkeypatch.setattr(golden_model, "generate", lambda **inputs: prompts.append(inputs) or inputs["input_ids"])
-    for name in CASES:
-        golden_model.chat(processor, golden.get(f"{name}.pixel_values"), "What is the total?", GREEDY)
-        assert torch.equal(prompts[-1]["input_ids"], golden[f"{name}.input_ids"])
+    turns = r"System\n(.*)\n<SPECIAL_11>User\n(?:<img>.*</img>\n)?(.*)\n<SPECIAL_11>Assistant\n"
+    system, question = re.search(
+        turns, read_golden_cases(golden_12b)[name]["text_after_expansion"], re.DOTALL
+    ).groups()
+    pixel_values = golden_inputs(golden_12b, name).get("pixel_values")
+    golden_model.chat(processor, pixel_values, question, GREEDY, system_prompt=system or None)
+    assert torch.equal(prompts[-1]["input_ids"], golden[f"{name}.input_ids"])
 
 
 @needs_nemotron_h
 def test_the_golden_checkpoint_is_saved_under_its_published_names(golden_12b, golden_model, tmp_path):
-    published = {}
-    for file in (golden_12b / "checkpoint").glob("*.safetensors"):
-        published |= load_file(file)
+    published = load_weights(golden_12b / "checkpoint")
     golden_model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    del published["vision_model.radio_model.summary_idxs"]  # a constant of the config
+    saved = load_weights(tmp_path)
+    published.pop("vision_model.radio_model.summary_idxs", None)  # a constant of the config
     assert saved.keys() == published.keys()
     assert all(torch.equal(saved[name], published[name]) for name in saved)
 
