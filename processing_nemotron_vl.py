@@ -43,6 +43,7 @@ from .prompts import (
     flatten_content,
     image_run,
     image_token_id_of,
+    private_backend,
     render_messages,
     render_run,
     replacement_offsets,
@@ -292,7 +293,8 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _bos_ids(self) -> list[int]:
         """Return what the tokenizer puts before a plain text: the bos token, or nothing."""
-        return [token for token in self.tokenizer("")["input_ids"] if token == self.tokenizer.bos_token_id][:1]
+        ids = private_backend(self.tokenizer).encode("").ids
+        return [token for token in ids if token == self.tokenizer.bos_token_id][:1]
 
     def _pad(
         self,

@@ -5,7 +5,10 @@ split by a marker character, and the prompt is tokenised between the markers, so
 image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` of the processor both work this way.
 """
 
+import copy
 import re
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -184,6 +187,37 @@ def replacement_offsets(
     return offsets
 
 
+_private_backends: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+_private_backends_lock = threading.Lock()
+
+
+def private_backend(tokenizer: Any) -> Any:
+    """Return a copy of a fast tokenizer's backend that neither truncates nor pads.
+
+    transformers sets truncation and padding on the backend itself before every call of the tokenizer. Whoever encodes
+    with the same backend in another thread gets these settings too, so that prompts come back cut or padded.
+
+    Returns:
+        a `tokenizers.Tokenizer`. It is made when a tokenizer is first used, and again after tokens were added to it.
+
+    Raises:
+        TypeError: if the tokenizer has no such backend.
+    """
+    with _private_backends_lock:
+        num_tokens, backend = _private_backends.get(tokenizer, (None, None))
+        if num_tokens != len(tokenizer):
+            if not hasattr(tokenizer, "backend_tokenizer"):
+                raise TypeError(
+                    f"Prompts need a fast tokenizer, got {type(tokenizer).__name__}. Load it with AutoTokenizer or as "
+                    "PreTrainedTokenizerFast."
+                )
+            backend = copy.deepcopy(tokenizer.backend_tokenizer)
+            backend.no_truncation()
+            backend.no_padding()
+            _private_backends[tokenizer] = len(tokenizer), backend
+    return backend
+
+
 def encode_prompt(
     tokenizer: Any,
     prompt: str,
@@ -200,9 +234,10 @@ def encode_prompt(
         image_runs: one run per placeholder, in order, from `image_run`.
         image_token_id: id that fills the runs.
         marker: the character of a `ControlTokenGuard`; the text on its two sides is tokenised apart.
-        return_starts: also return where in `prompt` each id starts; needs a fast tokenizer.
+        return_starts: also return where in `prompt` each id starts.
 
     Raises:
+        TypeError: if the tokenizer is not a fast one.
         ValueError: if the number of placeholders differs from the number of runs, the message holds both; or if the
             text holds half of a surrogate pair.
     """
@@ -227,13 +262,13 @@ def encode_prompt(
             starts += [segment.start] * segment.count
             continue
         text = "".join(piece.text for piece in segment)
-        if text and return_starts:
-            encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if not text:
+            continue
+        encoding = private_backend(tokenizer).encode(text, add_special_tokens=False)
+        ids += encoding.ids
+        if return_starts:
             origins = [origin for piece in segment for origin in piece.origins()]
-            ids += encoding["input_ids"]
-            starts += [origins[min(offset, len(origins) - 1)] for offset, _ in encoding["offset_mapping"]]
-        elif text:
-            ids += tokenizer.encode(text, add_special_tokens=False)
+            starts += [origins[min(offset, len(origins) - 1)] for offset, _ in encoding.offsets]
     return PromptIds(ids, starts if return_starts else None)
 
 
