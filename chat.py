@@ -125,7 +125,7 @@ class ChatPrompt:
 class ChatMixin:
     """`chat`, `chat_stream` and `chat_cache` for a model.
 
-    The model brings `generate`, `config`, `generation_config` and `get_input_embeddings` as transformers has them,
+    The model brings what every generating model of transformers has (`generate`, `config`, `get_input_embeddings`, ...),
     `_check_images(pixel_values, visual_features)`, which refuses tensors of another shape, and its `prompt_format`.
     """
 
@@ -510,7 +510,7 @@ def _encode_chat(
     if options and "enable_thinking" not in tokenizer.get_chat_template():
         raise ValueError(
             f"enable_thinking={enable_thinking} has no effect: the tokenizer's chat template does not read it. The 8B V1 "
-            "does not think; a foreign template of the 12B V2 may be told by /think or /no_think in the text."
+            "does not reason; a foreign template of the 12B V2 may read /think or /no_think in the text instead."
         )
     guard = ControlTokenGuard(tokenizer, messages)
     safe = [
