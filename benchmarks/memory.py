@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from benchmarks.common import report
 from tools import ROOT
 
-TILES, WORDS = 13, 200  # a picture of 2048 x 1536 px and the text around it
+TILES, WORDS = 13, 200  # an image of 2048 x 1536 px and the text around it
 CONTEXTS = (4096, 16384)
 
 

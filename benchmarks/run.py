@@ -1,4 +1,4 @@
-"""Run the benchmarks that fit this machine and render their JSON lines into a table and a picture.
+"""Run the benchmarks that fit this machine and render their JSON lines into a table and a chart.
 
 python -m benchmarks.run                          # all, into benchmarks/results/<device>.{jsonl,md,png}
 python -m benchmarks.run tiling prompt            # some; the lines of the others are kept
@@ -84,7 +84,7 @@ def table(lines: list[dict[str, object]]) -> str:
     return "\n".join([*text, ""])
 
 
-def picture(lines: list[dict[str, object]]) -> Image.Image:
+def chart(lines: list[dict[str, object]]) -> Image.Image:
     """A bar for each variant: its speed as a multiple of its peer's."""
     bars = [
         (case, variant, n["times_faster"])
@@ -113,7 +113,7 @@ def render(path: Path) -> None:
     if not lines:  # of a benchmark with a table of its own
         return
     path.with_suffix(".md").write_text(table(lines), encoding="utf-8")
-    picture(lines).save(path.with_suffix(".png"), optimize=True)
+    chart(lines).save(path.with_suffix(".png"), optimize=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A second question on the same picture, to its first token: all anew, with kept features, with kept keys and values.
+"""A second question on the same image, to its first token: all anew, with kept features, with kept keys and values.
 
 python -m benchmarks.second_turn                  # CPU: a part of the 8B, one tile; GPU: all of it, 13 tiles
 """

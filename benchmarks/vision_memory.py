@@ -1,4 +1,4 @@
-"""Peak memory of the tower on four pictures of 13 tiles, by `vision_batch_size`: one process for each size.
+"""Peak memory of the tower on four images of 13 tiles, by `vision_batch_size`: one process for each size.
 
     python -m benchmarks.vision_memory                     # one of the tower's 32 blocks, float32
     python -m benchmarks.vision_memory --layers 32 --dtype bfloat16

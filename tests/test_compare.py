@@ -41,7 +41,7 @@ def dumps(golden_8b: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_every_stage_agrees_with_the_stored_outputs_of_the_published_code(dumps: tuple[Path, Path]):
     rows = compare.compare(*dumps)
-    assert len(rows) == 5 * 5 + 2  # five cases with pictures, one of text alone
+    assert len(rows) == 5 * 5 + 2  # five cases with images, one of text alone
     assert [row for row in rows if not row["agrees"]] == []
     assert all(row["compared"] == "3 of 13 tiles" for row in rows if row["case"] == "tall" and row["stage"] == "tower")
     assert "| tall | text | " in compare.table(rows)
@@ -150,13 +150,13 @@ def test_the_command_says_what_is_missing_and_stops(download: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_both_codes_run_side_by_side(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    pictures = []
+    images = []
     for number, size in enumerate([(20, 20), (150, 60)]):
-        pictures.append(str(tmp_path / f"{number}.png"))
-        Image.effect_noise(size, 60).convert("RGB").save(pictures[-1])
+        images.append(str(tmp_path / f"{number}.png"))
+        Image.effect_noise(size, 60).convert("RGB").save(images[-1])
     kept = str(tmp_path / "kept")
     command = [str(download), "--tower", str(STAND_IN / "tower"), "--keep", kept, "--max-new-tokens", "4"]
-    assert compare.main([*command, *pictures]) == 0
+    assert compare.main([*command, *images]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["rows"]) == 2 * 5
     assert max(row["difference"] or 0 for row in found["rows"]) < 1e-4

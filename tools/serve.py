@@ -170,7 +170,7 @@ def check_options(body: dict[str, Any]) -> None:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse messages with anything but text and pictures sent along; the processor checks the rest of their form.
+    """Refuse messages with anything but text and images sent along; the processor checks the rest of their form.
 
     Raises:
         ValueError: naming what came and what is possible.
@@ -194,16 +194,16 @@ def _check_part(part: Any) -> None:
             f"A message has a content part of type {kind!r}; this server takes 'text' and 'image_url'. Send a PDF "
             "page or a video frame as an image_url."
         )
-    picture = part.get("image_url")
-    picture = picture if isinstance(picture, dict) else {"url": picture}
-    if not isinstance(picture.get("url"), str) or not picture["url"].startswith("data:"):
+    image = part.get("image_url")
+    image = image if isinstance(image, dict) else {"url": image}
+    if not isinstance(image.get("url"), str) or not image["url"].startswith("data:"):
         raise ValueError(
-            f"image_url must be a data: URL like 'data:image/png;base64,...', got {picture.get('url')!r:.80}. This "
-            "server fetches nothing and opens no files: read the picture and send it along."
+            f"image_url must be a data: URL like 'data:image/png;base64,...', got {image.get('url')!r:.80}. This "
+            "server fetches nothing and opens no files: read the image and send it along."
         )
-    if picture.get("detail") not in (None, "auto", "high"):
+    if image.get("detail") not in (None, "auto", "high"):
         raise ValueError(
-            f"detail={picture['detail']!r:.80} of one image is not supported; chat_template_kwargs="
+            f"detail={image['detail']!r:.80} of one image is not supported; chat_template_kwargs="
             "{'max_num_tiles': 1} makes all images of a request small."
         )
 
