@@ -1,4 +1,4 @@
-"""A decoded image to the first token of its answer: ours beside the published steps on plain attention.
+"""Time from a decoded image to the first token of the answer: ours beside the published steps, eager attention.
 
     python -m benchmarks.first_token                  # CPU: a part of the 8B, one tile; GPU: all, 2048x1536, 13 tiles
 

@@ -1,4 +1,4 @@
-"""Time of cutting one image into tiles: our image processor beside the published recipe written plainly, one thread.
+"""Time to cut one image into tiles on one thread: our image processor beside the published recipe written plainly.
 
     python -m benchmarks.tiling                              # 1275x1650, 2048x1536 and 4000x3000
     python -m benchmarks.tiling --sizes 1240x1754 --rounds 21
@@ -88,7 +88,7 @@ def measure(width: int, height: int, num_rounds: int) -> dict[str, object]:
     ):
         raise ValueError(f"Tiles of a {width}x{height} image differ from the published recipe's: nothing to time.")
     if GotOcr2ImageProcessorPil is not None:
-        # InternVL's tiling: no doubling, bicubic, mean and std; as many tiles, other pixels.
+        # InternVL's tiling: no doubling, bicubic, mean and std. It gives as many tiles, with other pixels.
         other = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=12, size={"height": TILE, "width": TILE})
         variants["got_ocr2_pil"] = lambda: other(image, return_tensors="pt")["pixel_values"]
     timed = compare(variants, peer="published", rounds=num_rounds)

@@ -5,7 +5,7 @@
 
 Without gradients the peak is that of one block: blocks free what they used. So one block of full width tells the
 memory of all 32. The model around it is small. The last line of the output is one JSON object: MiB of resident memory
-beyond the level before the call, and the largest difference of the image features from those of a single batch.
+beyond what was resident before the call, and the largest difference of the image features from those of a single batch.
 """
 
 import argparse

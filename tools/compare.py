@@ -91,7 +91,7 @@ def missing_files(download: Path, tower: Path | None) -> list[str]:
 
 
 def imported_packages(folder: Path) -> set[str]:
-    """Packages that the Python files of a folder import whatever happens: at the top level, outside of try and if."""
+    """Packages that the Python files of a folder import unconditionally: at the top level, outside of try and if."""
     packages = set()
     for file in folder.glob("*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -117,7 +117,7 @@ def missing_packages(python: str, packages: set[str]) -> tuple[list[str], str]:
 
 
 def what_is_missing(download: Path, tower: Path | None, python: str) -> list[str]:
-    """Everything that keeps the published code from running, as sentences with the remedy."""
+    """Return what keeps the published code from running, as sentences with the remedy."""
     problems = missing_files(download, tower)
     packages: set[str] = set()
     for folder in (download, tower):
@@ -152,7 +152,7 @@ def load_published(download: Path, dtype: Any) -> tuple[Any, Any, Any]:
             module.dtype = dtype
     tokenizer = AutoTokenizer.from_pretrained(download)
     image_processor = AutoImageProcessor.from_pretrained(download, trust_remote_code=True)
-    torch.bfloat16 = dtype  # after loading: now it only stands for the casts written into the published code
+    torch.bfloat16 = dtype  # after loading, so that only the casts inside the published code read it
     return model, tokenizer, image_processor
 
 
@@ -167,8 +167,10 @@ def load_ours(download: Path, dtype: Any) -> tuple[Any, Any, Any]:
 
 
 def record(model: Any, tokenizer: Any, image_processor: Any, case: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Answer one case by `chat()` and keep what the stages give out; the modules' names are the checkpoint's, in both
-    codes. Returns the stages and the answer."""
+    """Answer one case by `chat()`; return the outputs of the stages and the answer.
+
+    Both codes name their modules as the checkpoint does.
+    """
     import torch
     from PIL import Image
 
@@ -218,7 +220,7 @@ def run_side(side: str, download: Path, cases: list[dict[str, Any]], dtype_name:
 
 
 def start_side(side: str, python: str, arguments: argparse.Namespace, cases: Path, out: Path, work: Path) -> None:
-    """Run one side in a process of its own, offline, with the tower's code where transformers looks for it.
+    """Run one side in a process of its own, offline, with the tower's code in the cache where transformers looks.
 
     Raises:
         RuntimeError: with the end of its messages, if it fails.
@@ -294,7 +296,7 @@ def compare_stage(stage: str, theirs: Any, own: Any) -> dict[str, Any]:
 
 
 def common_steps(theirs: Any, own: Any) -> int:
-    """How many steps had the same tokens before them."""
+    """Number of decode steps whose preceding tokens are the same on both sides."""
     count = min(len(theirs), len(own))
     differ = (theirs[:count].argmax(-1) != own[:count].argmax(-1)).nonzero()
     return int(differ[0]) + 1 if len(differ) else count
@@ -321,9 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="store what the published code computed")
-    parser.add_argument(
-        "--published", type=Path, metavar="FOLDER", help="what --keep has stored, instead of running it"
-    )
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="compare with what --keep stored")
     parser.add_argument("--side", choices=("published", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)
     return parser
