@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, conditions, the models they run, limits measured beside them."""
+"""Shared by the benchmarks: interleaved rounds, conditions, the models that are run, measured limits."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def read_options(description: str | None, **defaults: tuple[object, object]) -> 
 
 
 def require_equal(results: Sequence[object]) -> None:
-    """Raise unless all variants give the same: times of different answers say nothing."""
+    """Raise unless all variants give the same result: otherwise their times cannot be compared."""
     if len(set(results)) != 1:
         raise ValueError(f"The results differ, so there is nothing to time: {list(results)}.")
 
@@ -75,7 +75,7 @@ def prompt_ids(num_tokens: int) -> torch.Tensor:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Processor time of the process on a CPU, which other load disturbs least; the clock on a GPU, synchronised."""
+    """On a CPU the processor time of the process, which other load disturbs least; on a GPU the clock, synchronised."""
     if DEVICE == "cpu":
         start = time.process_time()
         call()
@@ -102,7 +102,7 @@ def compare(
         variants: name -> call.
         peer: the variant that the others are compared with.
         rounds: how often each runs.
-        limit: the variant that does only what cannot be avoided, if there is one.
+        limit: the variant that does only the unavoidable work, if there is one.
         per: divide times by this, for a call that does its work several times.
         measure: call -> seconds.
 
@@ -156,7 +156,7 @@ def read_limit(num_bytes: int) -> Callable[[], object]:
 def report(
     name: str, results: Sequence[dict[str, object]], model: torch.nn.Module | None = None, **conditions: object
 ) -> None:
-    """Print the one JSON line of a benchmark, with the dtype and the sizes of the model it ran, if it ran one."""
+    """Print the JSON line of a benchmark; if it ran a model, with the dtype and the sizes of that model."""
     if model is not None:
         text, tower = model.config.text_config, model.config.vision_config
         sizes = {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "blocks": tower.num_hidden_layers}

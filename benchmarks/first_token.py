@@ -1,4 +1,4 @@
-"""A decoded picture to the first token of its answer: ours beside the published steps on plain attention.
+"""Time from a decoded image to the first token of the answer: ours beside the published steps, eager attention.
 
     python -m benchmarks.first_token                  # CPU: a part of the 8B, one tile; GPU: all, 2048x1536, 13 tiles
 
@@ -28,7 +28,7 @@ from tools.tiny_checkpoint import make_tokenizer
 def main() -> None:
     arguments = read_options(__doc__, size=("2048x1536", "256x256"), rounds=(11, 5))
     model, tokenizer, processor = make_model(), make_tokenizer(), NemotronVLImageProcessor()
-    picture = drawn_page(*map(int, arguments.size.split("x")))
+    image = drawn_page(*map(int, arguments.size.split("x")))
     prompt = f"{IMAGE_TOKEN}\nWhat is the total?"
     own_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -40,14 +40,14 @@ def main() -> None:
 
     def published() -> int:
         attend("eager")
-        tiles = published_recipe(picture).to(DEVICE)
+        tiles = published_recipe(image).to(DEVICE)
         text = prompt.replace(IMAGE_TOKEN, f"<img>{IMAGE_TOKEN * (256 * len(tiles))}</img>")
         ids = model_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
         return int(model(input_ids=ids, pixel_values=tiles).logits[0, -1].argmax())
 
     def ours() -> int:
         attend("sdpa")
-        tiles = processor(picture, do_rescale=False)["pixel_values"]
+        tiles = processor(image, do_rescale=False)["pixel_values"]
         run = [image_run(len(tiles), 256)]
         ids = model_ids(encode_prompt(tokenizer, prompt, run, own_id).input_ids)
         return int(model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=tiles, **ONE_TOKEN)[0, -1])

@@ -24,12 +24,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from benchmarks.common import report
 from tools import ROOT
 
-TILES, WORDS = 13, 200  # a picture of 2048 x 1536 px and the text around it
+TILES, WORDS = 13, 200  # an image of 2048 x 1536 px and the text around it
 CONTEXTS = (4096, 16384)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what operators make while it lives, each storage once."""
+    """Counts the bytes of the storages that operators create, for as long as they live."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,16 +37,16 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, operation: Callable, types, args=(), kwargs=None):
-        self._note((args, kwargs), of_ours=False)  # weights, of which a view may come back
+        self._note((args, kwargs), is_new=False)  # weights: the result may be a view of one
         result = operation(*args, **(kwargs or {}))
-        self._note(result, of_ours=True)
+        self._note(result, is_new=True)
         return result
 
-    def _note(self, tree: object, of_ours: bool) -> None:
+    def _note(self, tree: object, is_new: bool) -> None:
         for tensor in pytree.tree_leaves(tree):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
                 storage = tensor.untyped_storage()
-                size = storage.nbytes() if of_ours else 0
+                size = storage.nbytes() if is_new else 0
                 self.live.add(storage._cdata)
                 self.now += size
                 self.peak = max(self.peak, self.now)
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes that a call holds at the most, beyond what is there before."""
+    """Largest number of bytes that a call holds beyond those held before it."""
     with torch.no_grad(), LiveBytes() as counted:
         call()
     return counted.peak
@@ -79,7 +79,7 @@ def packed_bytes(model: torch.nn.Module, name: str) -> int:
 
 
 def unpacked_peak(name: str, rows: int, columns: int) -> int:
-    """Bytes that unpacking one matrix for a prompt takes."""
+    """Bytes that are needed to unpack one matrix for a prompt."""
     stored = FORMATS[name].layout(rows, columns, 0)
     tensors = {
         key: torch.empty(shape, dtype=TORCH_DTYPES[kinds[0]], device="meta") for key, (kinds, shape) in stored.items()

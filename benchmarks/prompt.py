@@ -3,7 +3,7 @@
     python -m benchmarks.prompt                        # the tiny checkpoint's tokenizer
     python -m benchmarks.prompt --tokenizer path/to/8b
 
-"ids" is the rendered prompt to ids; "chat" is the whole way from a question to ids, template and escaping included.
+"ids" goes from the rendered prompt to ids; "chat" goes from a question to ids, template and escaping included.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Run the benchmarks that fit this machine and render their JSON lines into a table and a picture.
+"""Run the benchmarks that fit this machine and render their JSON lines into a table and a chart.
 
 python -m benchmarks.run                          # all, into benchmarks/results/<device>.{jsonl,md,png}
 python -m benchmarks.run tiling prompt            # some; the lines of the others are kept
@@ -48,8 +48,8 @@ def rows_of(line: dict[str, object]) -> list[tuple[str, str, dict[str, object]]]
     ]
 
 
-def shown(numbers: dict[str, object]) -> tuple[str, str]:
-    """Median and quartiles in words."""
+def formatted(numbers: dict[str, object]) -> tuple[str, str]:
+    """Median and quartiles with their unit, for the table."""
     unit = "us" if "median_us" in numbers or "median" in numbers else "ms"
     median = next(numbers[key] for key in ("median_ms", "median_us", "median") if key in numbers)
     quartiles = numbers.get(f"quartiles_{unit}") or numbers.get("quartiles")
@@ -71,7 +71,7 @@ def table(lines: list[dict[str, object]]) -> str:
     ]
     for line in lines:
         for case, variant, numbers in rows_of(line):
-            median, quartiles = shown(numbers)
+            median, quartiles = formatted(numbers)
             cells = (
                 case,
                 variant,
@@ -84,8 +84,8 @@ def table(lines: list[dict[str, object]]) -> str:
     return "\n".join([*text, ""])
 
 
-def picture(lines: list[dict[str, object]]) -> Image.Image:
-    """A bar for each variant: its speed as a multiple of its peer's."""
+def chart(lines: list[dict[str, object]]) -> Image.Image:
+    """Draw a bar for each variant: its speed as a multiple of the speed of its peer."""
     bars = [
         (case, variant, n["times_faster"])
         for line in lines
@@ -110,10 +110,10 @@ def render(path: Path) -> None:
     """Write `.md` and `.png` beside a `.jsonl`."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line.get("benchmark") in NAMES]
-    if not lines:  # of a benchmark with a table of its own
+    if not lines:  # the file belongs to a benchmark that renders its own table
         return
     path.with_suffix(".md").write_text(table(lines), encoding="utf-8")
-    picture(lines).save(path.with_suffix(".png"), optimize=True)
+    chart(lines).save(path.with_suffix(".png"), optimize=True)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
-"""A second question on the same picture, to its first token: all anew, with kept features, with kept keys and values.
+"""Time to the first token of a second question about the same image, by what the first turn kept.
 
-python -m benchmarks.second_turn                  # CPU: a part of the 8B, one tile; GPU: all of it, 13 tiles
+    python -m benchmarks.second_turn                  # CPU: a part of the 8B, one tile; GPU: all of it, 13 tiles
+
+"anew" keeps nothing, "features_kept" the image features, "keys_and_values_kept" the cache of the first turn.
 """
 
 import copy
@@ -35,7 +37,7 @@ def main() -> None:
     features = {"image": model.get_image_features(tiles)}
     turn = ask(first, pixel_values=tiles, return_dict_in_generate=True)
     second = torch.cat([turn.sequences, text + 7], dim=1)
-    # Every call gets a copy, because a cache grows; the copy is made outside of the time.
+    # Every call gets a copy, because a cache grows; the copies are made before the time is taken.
     caches = [copy.deepcopy(turn.past_key_values) for _ in range(arguments.rounds + 2)]
     variants = {
         "anew": lambda: ask(second, pixel_values=tiles),

@@ -1,15 +1,15 @@
-"""Time of cutting one picture into tiles: our image processor beside the published recipe written plainly, one thread.
+"""Time to cut one image into tiles on one thread: our image processor beside the published recipe written plainly.
 
     python -m benchmarks.tiling                              # 1275x1650, 2048x1536 and 4000x3000
     python -m benchmarks.tiling --sizes 1240x1754 --rounds 21
 
-The peer does what the published processor does, step by step on whole pictures: PIL bilinear doubling, a planar uint8
+The peer does what the published processor does, step by step on whole images: PIL bilinear doubling, a planar uint8
 tensor, `F.interpolate` (bilinear, antialias) to the grid and to the thumbnail, split, stack, times 1/255. "ours" gives
 the same float32 tiles, "ours_uint8" (`do_rescale=False`) the same tiles before the last step, for those who rescale on
 the device. Rounds are interleaved; every result is compared with the peer's, bit for bit, before anything is timed.
 The last line of the output is one JSON object: milliseconds of processor time of the one thread (median, quartiles;
 other load on the machine disturbs it less than the clock), the ratio of the medians, and the peak of memory used
-beyond the picture, result included (Linux with glibc only, otherwise null).
+beyond the image, result included (Linux with glibc only, otherwise null).
 """
 
 import argparse
@@ -33,10 +33,10 @@ except ImportError:  # transformers 4.57 has it for torchvision alone
 TILE = 512
 
 
-def published_recipe(picture: Image.Image) -> torch.Tensor:
-    """The published steps for one RGB picture -> float32 `(num_tiles, 3, 512, 512)` in 0..1."""
-    rows, columns = select_tile_grid(picture.height, picture.width)
-    doubled = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BILINEAR)
+def published_recipe(image: Image.Image) -> torch.Tensor:
+    """The published steps for one RGB image -> float32 `(num_tiles, 3, 512, 512)` in 0..1."""
+    rows, columns = select_tile_grid(image.height, image.width)
+    doubled = image.resize((2 * image.width, 2 * image.height), Image.Resampling.BILINEAR)
     planar = torch.from_numpy(np.array(doubled)).permute(2, 0, 1).contiguous()[None]
 
     def resize(height: int, width: int) -> torch.Tensor:
@@ -50,14 +50,14 @@ def published_recipe(picture: Image.Image) -> torch.Tensor:
 
 
 def drawn_page(width: int, height: int) -> Image.Image:
-    """A picture that is neither flat nor pure noise: gradients with a fine pattern, RGB."""
+    """An image that is neither flat nor pure noise: gradients with a fine pattern, RGB."""
     y, x = np.mgrid[0:height, 0:width]
-    levels = np.stack([x * 255 // width, y * 255 // height, (x * 7 + y * 3) % 256], axis=-1)
-    return Image.fromarray(levels.astype(np.uint8))
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x * 7 + y * 3) % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def peak_extra_mib(call: Callable[[], object]) -> float | None:
-    """Peak resident memory of `call` above the level before it, result included, in MiB."""
+    """Peak resident memory of `call` above what was resident before it, result included, in MiB."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     c_library = ctypes.CDLL(None)
     if not hasattr(c_library, "malloc_trim") or not os.access(reset, os.W_OK):
@@ -74,23 +74,23 @@ def peak_extra_mib(call: Callable[[], object]) -> float | None:
 
 
 def measure(width: int, height: int, num_rounds: int) -> dict[str, object]:
-    """Compare, then time, the variants on one picture."""
-    picture = drawn_page(width, height)
+    """Compare, then time, the variants on one image."""
+    image = drawn_page(width, height)
     processor = NemotronVLImageProcessor()
     variants: dict[str, Callable[[], torch.Tensor]] = {
-        "published": lambda: published_recipe(picture),
-        "ours": lambda: processor(picture)["pixel_values"],
-        "ours_uint8": lambda: processor(picture, do_rescale=False)["pixel_values"],
+        "published": lambda: published_recipe(image),
+        "ours": lambda: processor(image)["pixel_values"],
+        "ours_uint8": lambda: processor(image, do_rescale=False)["pixel_values"],
     }
     expected = variants["published"]()
     if not torch.equal(variants["ours"](), expected) or not torch.equal(
         variants["ours_uint8"]() * (1 / 255), expected
     ):
-        raise ValueError(f"Tiles of a {width}x{height} picture differ from the published recipe's: nothing to time.")
+        raise ValueError(f"Tiles of a {width}x{height} image differ from the published recipe's: nothing to time.")
     if GotOcr2ImageProcessorPil is not None:
-        # InternVL's tiling: no doubling, bicubic, mean and std; as many tiles, other pixels.
+        # InternVL's tiling: no doubling, bicubic, mean and std. It gives as many tiles, with other pixels.
         other = GotOcr2ImageProcessorPil(crop_to_patches=True, max_patches=12, size={"height": TILE, "width": TILE})
-        variants["got_ocr2_pil"] = lambda: other(picture, return_tensors="pt")["pixel_values"]
+        variants["got_ocr2_pil"] = lambda: other(image, return_tensors="pt")["pixel_values"]
     timed = compare(variants, peer="published", rounds=num_rounds)
     for name, variant in variants.items():
         timed[name]["peak_extra_mib"] = peak_extra_mib(variant)

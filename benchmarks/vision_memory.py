@@ -1,11 +1,11 @@
-"""Peak memory of the tower on four pictures of 13 tiles, by `vision_batch_size`: one process for each size.
+"""Peak memory of the tower on four images of 13 tiles, by `vision_batch_size`: one process for each size.
 
     python -m benchmarks.vision_memory                     # one of the tower's 32 blocks, float32
     python -m benchmarks.vision_memory --layers 32 --dtype bfloat16
 
 Without gradients the peak is that of one block: blocks free what they used. So one block of full width tells the
 memory of all 32. The model around it is small. The last line of the output is one JSON object: MiB of resident memory
-beyond the level before the call, and the largest difference of the image features from those of a single batch.
+beyond what was resident before the call, and the largest difference of the image features from those of a single batch.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
-Each held-out document is drawn as a picture, goes through the checkpoint's own processor, and is asked one thing
+Each held-out document is drawn as an image, goes through the checkpoint's own processor, and is asked one thing
 through `model.chat()`, greedy. The tasks take turns; after all documents, one in ten more are asked about as the last
 of three questions ("follow-up", over the checkpoint's own earlier answers) or are two tiles long ("long"). Values are
-never those of training; half of the pictures use fonts and half of the pages a layout that training has not seen, and
+never those of training; half of the images use fonts and half of the pages a layout that training has not seen, and
 three in ten questions a phrasing. The last line of the output is one JSON object.
 """
 
@@ -42,7 +42,7 @@ class Question:
     """One thing asked, after the questions `earlier`; kind and flags say what makes it hard."""
 
     turn: Turn
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     kind: str
     seen_font: bool
     seen_layout: bool
@@ -50,11 +50,11 @@ class Question:
 
 
 def batches(questions: list[Question], batch_size: int) -> Iterator[list[Question]]:
-    """Batches of questions with equally many pictures and turns, and like limits of the answer's length."""
+    """Batches of questions with equally many images and turns, and like limits of the answer's length."""
     groups: dict[tuple[int, int, int], list[Question]] = defaultdict(list)
     for question in questions:
         limit = MAX_NEW_TOKENS.get(question.turn.task, 0)
-        groups[len(question.pictures), len(question.earlier), limit].append(question)
+        groups[len(question.images), len(question.earlier), limit].append(question)
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
@@ -101,7 +101,7 @@ def make_question(seed: int, kinds: tuple[str, ...], task: str | None = None) ->
     last = conversation.turns[-1]
     return Question(
         turn=replace(last, task=task) if task in FURTHER_TASKS else last,
-        pictures=[draw(page, style, seed) for page, style in zip(pages, styles, strict=True)],
+        images=[draw(page, style, seed) for page, style in zip(pages, styles, strict=True)],
         kind=pages[0].kind if pages else "none",
         seen_font=all(style.font in FONTS["train"] for style in styles),
         seen_layout=all(page.layout != NUM_LAYOUTS - 1 for page in pages),
@@ -126,10 +126,10 @@ def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, 
 @torch.no_grad()
 def answer(model, processor, questions: list[Question]) -> list[str]:
     """Greedy answers of `model.chat()` to the last question of each, after its own answers to the earlier ones."""
-    pictures = [question.pictures for question in questions]
-    flat = [picture for group in pictures for picture in group]
+    images = [question.images for question in questions]
+    flat = [image for group in images for image in group]
     pixels = processor.image_processor(flat, return_tensors="pt") if flat else {}
-    placeholders = ["<image>\n" * len(group) for group in pictures]
+    placeholders = ["<image>\n" * len(group) for group in images]
     longest = max(MAX_NEW_TOKENS.get(question.turn.task, MAX_NEW_TOKENS_OF_OTHERS) for question in questions)
     turns = zip(*([*question.earlier, question.turn.question] for question in questions), strict=True)
     history, answers = None, []

@@ -1,8 +1,8 @@
-"""Throw random pictures, prompts, configs and files at the code: a line per finding, and one JSON object at the end.
+"""Throw random images, prompts, configs and files at the code: a line per finding, and one JSON object at the end.
 
-    python -m tests.fuzz --pictures 100000 --prompts 100000 --configs 20000 --files 1000
+    python -m tests.fuzz --images 100000 --prompts 100000 --configs 20000 --files 1000
     python -m tests.fuzz --minutes 60
-    python -m tests.fuzz --replay check_pictures 1234
+    python -m tests.fuzz --replay check_images 1234
 
 A finding is an exception other than the documented ones, or an accepted input without the properties that
 tests/hostile.py and tests/hostile_files.py assert. The exit status is 1 if there is one. An input is made from its
@@ -29,8 +29,8 @@ from tests import hostile, hostile_files
 from tests.hostile import Source
 
 TARGETS: dict[str, list[tuple[Callable[..., str], Callable[[Source], tuple]]]] = {
-    "pictures": [
-        (hostile.check_pictures, lambda source: (hostile.pictures(source), hostile.image_options(source))),
+    "images": [
+        (hostile.check_images, lambda source: (hostile.images(source), hostile.image_options(source))),
     ],
     "prompts": [
         (hostile.check_messages, lambda source: (hostile.conversation(source), hostile.template_options(source))),
@@ -41,7 +41,7 @@ TARGETS: dict[str, list[tuple[Callable[..., str], Callable[[Source], tuple]]]] =
     "files": [(hostile_files.check_files, lambda source: (hostile_files.damages(source),))],
 }
 MEMORY = 16 << 30  # bytes of addresses
-EVERY = {"pictures": 1, "prompts": 1, "configs": 5, "files": 100}  # a directory takes as long as a hundred pictures
+EVERY = {"images": 1, "prompts": 1, "configs": 5, "files": 100}  # a directory takes as long as a hundred images
 
 
 def make(number: int, generate: Callable[[Source], tuple]) -> tuple:
@@ -73,10 +73,10 @@ def replay(name: str, number: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--prompts", type=int, default=100_000)
-    parser.add_argument("--configs", type=int, default=20_000, help="one after every 5 pictures")
-    parser.add_argument("--files", type=int, default=1_000, help="damaged checkpoints, one after every 100 pictures")
+    parser.add_argument("--configs", type=int, default=20_000, help="one after every 5 images")
+    parser.add_argument("--files", type=int, default=1_000, help="damaged checkpoints, one after every 100 images")
     parser.add_argument("--minutes", type=float, help="go on beyond those numbers until then, but not with 0")
     parser.add_argument("--start", type=int, default=0, help="number of the first input")
     parser.add_argument("--replay", nargs=2, metavar=("CHECK", "NUMBER"))

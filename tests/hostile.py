@@ -97,7 +97,7 @@ def tiny_processor() -> NemotronVLProcessor:
     return NemotronVLProcessor(NemotronVLImageProcessor(image_size=64, max_num_tiles=6), make_tokenizer())
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Images --------------------------------------------------------------------------------------------------------------
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -177,7 +177,7 @@ def whole_file(image_format: str, kind: int) -> bytes:
 
 
 def file(source: Source) -> bytes:
-    """A picture file, most of them damaged: bytes changed, cut, doubled, spliced with another file."""
+    """An image file, most of them damaged: bytes changed, cut, doubled, spliced with another file."""
     data = bytearray(whole_file(source.pick(*FORMATS), source.integer(0, 23)))
     for _ in range(source.integer(0, 8)):
         place = source.integer(0, min(len(data), 400))
@@ -220,19 +220,19 @@ def file_object(source: Source) -> Any:
     return opened
 
 
-def no_picture(source: Source) -> Any:
+def no_image(source: Source) -> Any:
     kinds = (None, 3, 1.5, {}, set(), object, "/", "file:///", "data:", "https://example.com/x.png", Path())
     return source.pick(source.data(40), text(source), *kinds)
 
 
-def picture(source: Source) -> Any:
-    return source.call(pil_image, array, file, file, opened_file, file_object, file_as_text, no_picture)
+def one_image(source: Source) -> Any:
+    return source.call(pil_image, array, file, file, opened_file, file_object, file_as_text, no_image)
 
 
-def pictures(source: Source) -> Any:
+def images(source: Source) -> Any:
     if source.rarely(4):
-        return source.several(2, picture, lambda source: source.several(2, picture))
-    return picture(source)
+        return source.several(2, one_image, lambda source: source.several(2, one_image))
+    return one_image(source)
 
 
 IMAGE_OPTIONS = {
@@ -255,7 +255,7 @@ def image_options(source: Source) -> dict[str, Any]:
     return {name: source.pick(*IMAGE_OPTIONS[name])} if source.rarely(3) else {}
 
 
-def check_pictures(images: Any, options: dict[str, Any]) -> str:
+def check_images(images: Any, options: dict[str, Any]) -> str:
     processor = tiny_processor().image_processor
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -158,7 +158,7 @@ def loaded(load: Callable[[Path], Any], folder: Path) -> Any | None:
 
 
 def check_files(damages: list[tuple[Any, ...]]) -> str:
-    """Load a damaged directory by every door of ours."""
+    """Load a damaged directory by our own classes and inspect it with `tools.adopt`."""
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(name, "checkpoint")

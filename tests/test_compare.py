@@ -159,13 +159,13 @@ def test_the_command_says_what_is_missing_and_stops(download: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_both_codes_run_side_by_side(download: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    pictures = []
+    images = []
     for number, size in enumerate([(20, 20), (150, 60)]):
-        pictures.append(str(tmp_path / f"{number}.png"))
-        Image.effect_noise(size, 60).convert("RGB").save(pictures[-1])
+        images.append(str(tmp_path / f"{number}.png"))
+        Image.effect_noise(size, 60).convert("RGB").save(images[-1])
     kept = str(tmp_path / "kept")
     command = [str(download), "--tower", str(STAND_IN / "tower"), "--keep", kept, "--max-new-tokens", "4"]
-    assert compare.main([*command, *pictures]) == 0
+    assert compare.main([*command, *images]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(found["rows"]) == 2 * 5
     assert max(row["difference"] or 0 for row in found["rows"]) < 1e-4

@@ -18,9 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_vl import image_processing
 from nemotron_vl.image_processing import (
+    V1_TILING,
+    V2_RECIPE,
+    V2_TILING,
     NemotronVLImageProcessor,
+    Tiling,
     candidate_grids,
     count_tiles,
+    cut_tiles,
     select_tile_grid,
     undo_normalization,
 )
@@ -71,7 +76,7 @@ def published_grid(height, width, tile, max_num_tiles, upscale):
 
 
 def published_tiles(image, tile=TILE, max_num_tiles=12, use_thumbnail=True, upscale=2):
-    """The published recipe on whole pictures: PIL doubling, torch's planar uint8 resize, plain loops."""
+    """The published recipe on whole images: PIL doubling, torch's planar uint8 resize, plain loops."""
     rows, columns = published_grid(image.height, image.width, tile, max_num_tiles, upscale)
     doubled = image.resize((upscale * image.width, upscale * image.height), Image.Resampling.BILINEAR)
     planar = torch.from_numpy(np.array(doubled)).permute(2, 0, 1).contiguous()[None]
@@ -165,6 +170,51 @@ def test_size_without_pixels_is_an_error(height, width):
         count_tiles(height, width)
 
 
+def test_the_tiling_of_a_processor_is_one_value_that_every_function_takes():
+    image = Image.fromarray(noise(200, 130))
+    for options in (SMALL, {**SMALL, "max_num_tiles": 4, "use_thumbnail": False}, {**SMALL, **V2_RECIPE}):
+        processor = NemotronVLImageProcessor(**{**options, "do_rescale": False, "do_normalize": False})
+        tiles = processor(image)["pixel_values"]
+        assert torch.equal(torch.stack(cut_tiles(image, processor.tiling)), tiles)
+        assert count_tiles(130, 200, processor.tiling) == len(tiles) == processor.get_number_of_image_patches(130, 200)
+        rows, columns = select_tile_grid(130, 200, processor.tiling)
+        assert len(tiles) - rows * columns == processor.use_thumbnail
+
+
+def test_options_of_a_call_replace_those_of_the_tiling():
+    assert count_tiles(1754, 1240, V2_TILING, max_num_tiles=4, use_thumbnail=False) == 2
+    assert count_tiles(1754, 1240, V2_TILING, upscale=2) == count_tiles(1754, 1240, V2_TILING)
+    frame = Image.fromarray(noise(640, 360))
+    (tile,) = cut_tiles(frame, V2_TILING, image_size=TILE, max_num_tiles=1)  # as frames of a video are cut
+    assert tile.shape == (3, TILE, TILE) and tile.dtype == torch.float32
+    with pytest.raises(TypeError, match="max_tiles"):
+        select_tile_grid(1754, 1240, max_tiles=4)
+
+
+def test_the_recipes_of_both_models_are_values_and_the_defaults_are_those_of_the_8b():
+    assert V1_TILING == Tiling() == NemotronVLImageProcessor().tiling
+    assert NemotronVLImageProcessor(**V2_RECIPE).tiling == V2_TILING
+    assert Tiling(512, 12, True, 1, "closest_ratio", "bicubic") == V2_TILING
+    with pytest.raises(AttributeError):
+        V1_TILING.max_num_tiles = 4
+
+
+def test_a_tiling_with_an_impossible_option_cannot_be_made():
+    for options, error in (
+        ({"image_size": 0}, ValueError),
+        ({"image_size": "64"}, TypeError),
+        ({"max_num_tiles": 1025}, ValueError),
+        ({"use_thumbnail": 1}, TypeError),
+        ({"upscale": 3}, ValueError),
+        ({"grid_rule": "best"}, ValueError),
+        ({"interpolation": "nearest"}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(options))):
+            Tiling(**options)
+        with pytest.raises(error, match=next(iter(options))):
+            count_tiles(20, 20, **options)
+
+
 def test_tile_counts_and_statistics_equal_the_golden(golden_8b):
     from PIL import ImageDraw
 
@@ -212,21 +262,21 @@ def test_pixels_equal_the_golden(golden_8b):
     "size", [(1, 1), (1, 50), (50, 1), (20, 21), (40, 30), (97, 61), (64, 64), (33, 200), (300, 7)]
 )
 def test_pixels_equal_the_published_recipe(size, upscale):
-    levels = noise(*size)
-    expected = published_tiles(Image.fromarray(levels), upscale=upscale)
-    assert torch.equal(tiles_of(Image.fromarray(levels), upscale=upscale), expected)
+    pixels = noise(*size)
+    expected = published_tiles(Image.fromarray(pixels), upscale=upscale)
+    assert torch.equal(tiles_of(Image.fromarray(pixels), upscale=upscale), expected)
     processor = NemotronVLImageProcessor(**SMALL, upscale=upscale)
-    assert torch.equal(processor(levels, input_data_format="channels_last")["pixel_values"], expected)
+    assert torch.equal(processor(pixels, input_data_format="channels_last")["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("band_height", [1, 2, 3, 7, 60])
 def test_bands_do_not_change_the_pixels(monkeypatch, band_height):
-    levels = noise(97, 61)
+    pixels = noise(97, 61)
     monkeypatch.setattr(image_processing, "BAND_BYTES", band_height * 4 * 97)
     for upscale in (1, 2):
-        expected = published_tiles(Image.fromarray(levels), upscale=upscale)
-        assert torch.equal(tiles_of(Image.fromarray(levels), upscale=upscale), expected)
-        assert torch.equal(tiles_of(levels, upscale=upscale), expected)
+        expected = published_tiles(Image.fromarray(pixels), upscale=upscale)
+        assert torch.equal(tiles_of(Image.fromarray(pixels), upscale=upscale), expected)
+        assert torch.equal(tiles_of(pixels, upscale=upscale), expected)
 
 
 def test_pixels_equal_the_published_recipe_at_full_size():
@@ -289,8 +339,8 @@ def test_palettes_with_an_alpha_for_each_colour_are_composited_on_white():
     image.info["transparency"] = bytes([0, 102, 255])  # invisible black, 40 % red, blue
     expected = np.empty((20, 30, 3), np.uint8)
     expected[:, :10], expected[:, 10:20], expected[:, 20:] = (255, 255, 255), (255, 153, 153), (0, 0, 255)
-    for picture in (image, encoded(image, transparency=image.info["transparency"])):
-        assert torch.equal(tiles_of(picture), tiles_of(expected))
+    for given_as in (image, encoded(image, transparency=image.info["transparency"])):
+        assert torch.equal(tiles_of(given_as), tiles_of(expected))
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
@@ -300,9 +350,9 @@ def test_transparent_pixels_become_white(mode):
 
 def test_half_transparent_pixels_are_mixed_with_white_and_opaque_ones_kept():
     assert tiles_of(Image.new("RGBA", (40, 30), (0, 0, 0, 102))).unique().item() == pytest.approx(0.6, abs=0.5 / 255)
-    levels = noise(40, 30, 4)
-    levels[..., 3] = 255
-    assert torch.equal(tiles_of(Image.fromarray(levels)), tiles_of(levels[..., :3]))
+    pixels = noise(40, 30, 4)
+    pixels[..., 3] = 255
+    assert torch.equal(tiles_of(Image.fromarray(pixels)), tiles_of(pixels[..., :3]))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])
@@ -332,18 +382,18 @@ def test_deep_grey_is_scaled_by_its_white_point(dtype, level, expected):
 
 
 @pytest.mark.parametrize(
-    "levels",
+    "pixels",
     [np.array([[-1]], np.int32), np.array([[65536]], np.int32), np.float32([[math.nan]]), np.float32([[256]])],
 )
-def test_deep_grey_out_of_range_is_an_error(levels):
+def test_deep_grey_out_of_range_is_an_error(pixels):
     with pytest.raises(ValueError, match="needs values in 0"):
-        tiles_of(Image.fromarray(levels))
+        tiles_of(Image.fromarray(pixels))
 
 
 def test_orientation_is_applied_to_files_but_not_to_pil_images():
     stored = Image.fromarray(noise(60, 30))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show the picture rotated clockwise
+    exif[0x0112] = 6  # the camera was turned: show the image rotated clockwise
     data = encoded(stored, exif=exif)
     assert torch.equal(tiles_of(Image.open(io.BytesIO(data))), tiles_of(stored))
     assert torch.equal(tiles_of(data), tiles_of(stored.transpose(Image.Transpose.ROTATE_270)))
@@ -368,7 +418,7 @@ def test_do_convert_rgb_false_refuses_other_modes():
 def test_every_way_to_name_a_file_gives_the_same_tiles(tmp_path):
     image = Image.fromarray(noise(60, 30))
     data = encoded(image)
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "an image.png"
     path.write_bytes(data)
     text = base64.b64encode(data).decode()
     ways = [path, str(path), path.as_uri(), data, bytearray(data), memoryview(data), text]
@@ -383,8 +433,8 @@ def test_open_files_are_read_from_their_start_and_left_as_they_were(tmp_path, im
     data = encoded(
         Image.fromarray(noise(60, 30)), image_format, **({"compression": compression} if compression else {})
     )
-    (tmp_path / "picture").write_bytes(data)
-    with open(tmp_path / "picture", "rb") as on_disk, tempfile.SpooledTemporaryFile() as spooled:
+    (tmp_path / "image").write_bytes(data)
+    with open(tmp_path / "image", "rb") as on_disk, tempfile.SpooledTemporaryFile() as spooled:
         spooled.write(data)
         for file in (io.BytesIO(data), on_disk, spooled):
             place = len(data) if position == "end" else position
@@ -394,7 +444,7 @@ def test_open_files_are_read_from_their_start_and_left_as_they_were(tmp_path, im
             assert file.read() == data[place:]
 
 
-def test_open_files_that_are_no_pictures_say_why():
+def test_open_files_that_are_no_images_say_why():
     class Stream(io.BytesIO):
         def seekable(self):
             return False
@@ -416,7 +466,7 @@ def test_open_files_that_are_no_pictures_say_why():
     "source",
     [
         b"",
-        b"no picture",
+        b"no image",
         "",
         "/no/such/file.png",
         "no such file",
@@ -426,14 +476,14 @@ def test_open_files_that_are_no_pictures_say_why():
         "\ud800",
     ],
 )
-def test_what_is_no_picture_is_a_value_error(source):
+def test_what_is_no_image_is_a_value_error(source):
     with pytest.raises(ValueError, match="cannot be used"):
         tiles_of(source)
 
 
 def test_nothing_is_fetched_from_the_network():
     with pytest.raises(ValueError, match="network"):
-        tiles_of("https://example.com/picture.png")
+        tiles_of("https://example.com/image.png")
 
 
 def test_postscript_is_not_run():
@@ -484,26 +534,26 @@ def test_damaged_files_give_tiles_or_a_value_error(data):
 
 
 def test_arrays_of_every_layout_equal_the_pil_image():
-    levels = noise(60, 30)
-    expected = tiles_of(Image.fromarray(levels))
-    tensor = torch.from_numpy(levels)
-    read_only = levels.copy()
+    pixels = noise(60, 30)
+    expected = tiles_of(Image.fromarray(pixels))
+    tensor = torch.from_numpy(pixels)
+    read_only = pixels.copy()
     read_only.flags.writeable = False
     for same in (
-        levels.transpose(2, 0, 1),
+        pixels.transpose(2, 0, 1),
         tensor,
         tensor.permute(2, 0, 1).contiguous(),
         read_only,
-        np.asfortranarray(levels),
-        levels[::-1, :, ::-1].copy()[::-1, :, ::-1],
-        levels / 255,
-        (levels / 255).astype(np.float32),
-        (levels / 255).astype(">f4"),
+        np.asfortranarray(pixels),
+        pixels[::-1, :, ::-1].copy()[::-1, :, ::-1],
+        pixels / 255,
+        (pixels / 255).astype(np.float32),
+        (pixels / 255).astype(">f4"),
         (tensor / 255).requires_grad_(),
         (tensor.double() / 255).half(),
     ):
         assert torch.equal(tiles_of(same), expected)
-    assert torch.equal(tiles_of(levels[None]), expected)
+    assert torch.equal(tiles_of(pixels[None]), expected)
     assert (tiles_of((tensor / 255).bfloat16()) - expected).abs().max() <= 1 / 255
 
 
@@ -517,14 +567,14 @@ def test_grey_and_four_channel_arrays():
 
 
 def test_ambiguous_layout_needs_input_data_format():
-    levels = noise(40, 3)
-    levels = levels[:, :3].transpose(1, 0, 2)[:3]  # (3, 3, 3)
+    pixels = noise(40, 3)
+    pixels = pixels[:, :3].transpose(1, 0, 2)[:3]  # (3, 3, 3)
     with pytest.raises(ValueError, match=r"\(3, 3, 3\) can be read either way"):
-        tiles_of(levels)
+        tiles_of(pixels)
     processor = NemotronVLImageProcessor(**SMALL)
-    last = processor(levels, input_data_format="channels_last")["pixel_values"]
-    first = processor(levels.transpose(2, 0, 1), input_data_format="channels_first")["pixel_values"]
-    assert torch.equal(last, tiles_of(Image.fromarray(np.ascontiguousarray(levels))))
+    last = processor(pixels, input_data_format="channels_last")["pixel_values"]
+    first = processor(pixels.transpose(2, 0, 1), input_data_format="channels_first")["pixel_values"]
+    assert torch.equal(last, tiles_of(Image.fromarray(np.ascontiguousarray(pixels))))
     assert torch.equal(first, last)
 
 
@@ -536,9 +586,9 @@ def test_arrays_of_wrong_shape_are_value_errors(shape):
 
 @pytest.mark.parametrize("low_high", [(0, 255), (-1, 1), (0, math.nan), (0, math.inf), (-math.inf, 1), (0, 1.1)])
 def test_floats_outside_0_to_1_are_an_error_with_a_remedy(low_high):
-    levels = np.resize(np.array(low_high, np.float32), (6, 7))
+    pixels = np.resize(np.array(low_high, np.float32), (6, 7))
     with pytest.raises(ValueError, match=r"0\.\.1.*(Divide|uint8).*undo_normalization"):
-        tiles_of(levels)
+        tiles_of(pixels)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -587,13 +637,13 @@ def test_other_dtypes_are_type_errors(dtype):
 
 @pytest.mark.parametrize("number", [np.int64(4), np.uint8(4), torch.tensor(4)])
 def test_whole_numbers_of_every_kind_are_taken_and_saved_as_ints(number):
-    levels = noise(60, 30)
-    expected = tiles_of(levels, max_num_tiles=4)
-    assert torch.equal(NemotronVLImageProcessor(**SMALL)(levels, max_num_tiles=number)["pixel_values"], expected)
+    pixels = noise(60, 30)
+    expected = tiles_of(pixels, max_num_tiles=4)
+    assert torch.equal(NemotronVLImageProcessor(**SMALL)(pixels, max_num_tiles=number)["pixel_values"], expected)
     processor = NemotronVLImageProcessor(**SMALL, max_num_tiles=number)
     assert type(processor.max_num_tiles) is int
     processor.max_num_tiles = number  # as users do
-    assert torch.equal(processor(levels)["pixel_values"], expected)
+    assert torch.equal(processor(pixels)["pixel_values"], expected)
     assert json.loads(processor.to_json_string())["max_num_tiles"] == 4
 
 
@@ -606,7 +656,7 @@ def test_sizes_of_every_kind_of_whole_number_are_counted_alike():
 
 @pytest.mark.parametrize("image", [None, 3, {"image": 1}, object(), [None], [[1, 2], [3, 4]]])
 def test_other_kinds_are_type_errors(image):
-    with pytest.raises(TypeError, match="A picture is a PIL image"):
+    with pytest.raises(TypeError, match="An image is a PIL image"):
         tiles_of(image)
 
 
@@ -695,16 +745,16 @@ def test_wrong_options_are_errors(options, error):
 
 
 def test_rescaling_can_be_left_to_the_device():
-    levels = noise(60, 30)
-    raw = tiles_of(levels, do_rescale=False)
+    pixels = noise(60, 30)
+    raw = tiles_of(pixels, do_rescale=False)
     assert raw.dtype == torch.uint8
-    assert torch.equal(raw * (1 / 255), tiles_of(levels))
+    assert torch.equal(raw * (1 / 255), tiles_of(pixels))
 
 
 def test_normalisation_is_honoured_and_can_be_undone():
-    levels, mean, std = noise(60, 30), [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
-    plain = tiles_of(levels)
-    normalised = tiles_of(levels, do_normalize=True, image_mean=mean, image_std=std)
+    pixels, mean, std = noise(60, 30), [0.48, 0.45, 0.40], [0.26, 0.25, 0.27]
+    plain = tiles_of(pixels)
+    normalised = tiles_of(pixels, do_normalize=True, image_mean=mean, image_std=std)
     expected = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     assert torch.equal(normalised, expected)
     torch.testing.assert_close(undo_normalization(normalised, mean, std), plain, atol=1e-6, rtol=0)
@@ -726,8 +776,8 @@ def test_result_lives_on_the_device_asked_for():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_same_numbers():
-    levels = noise(60, 30)
-    assert torch.equal(tiles_of(levels, device="cuda").cpu(), tiles_of(levels))
+    pixels = noise(60, 30)
+    assert torch.equal(tiles_of(pixels, device="cuda").cpu(), tiles_of(pixels))
 
 
 def test_nothing_of_the_callers_is_changed():
@@ -836,11 +886,6 @@ def test_overriding_options_are_checked_on_loading():
     assert processor.upscale == 1 and unused == {"other": 3}
 
 
-def test_configuration_cannot_replace_methods():
-    with pytest.raises(ValueError, match="preprocess"):
-        NemotronVLImageProcessor.from_dict({"preprocess": "x"})
-
-
 def test_module_needs_no_sibling_and_no_torchvision():
     path = ROOT / "image_processing.py"
     assert get_relative_imports(path) == []
@@ -851,7 +896,7 @@ def test_module_needs_no_sibling_and_no_torchvision():
 def test_internvls_switch_for_cutting_is_understood():
     """TRL's GRPO asks for the counts of tiles with it."""
     processor = NemotronVLImageProcessor(image_size=64)
-    picture = Image.new("RGB", (200, 100))
-    assert processor([[picture]], crop_to_patches=True)["num_patches"] == processor(picture)["num_patches"]
+    image = Image.new("RGB", (200, 100))
+    assert processor([[image]], crop_to_patches=True)["num_patches"] == processor(image)["num_patches"]
     with pytest.raises(ValueError, match="max_num_tiles=1"):
-        processor(picture, crop_to_patches=False)
+        processor(image, crop_to_patches=False)

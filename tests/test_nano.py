@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from nemotron_vl.image_processing import load_image
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from tools import ROOT, adopt, chat
-from tools.chat import Conversation, describe, draw_tiles, load, open_picture
+from tools.chat import Conversation, describe, draw_tiles, load
 from tools.demo import RECEIPT
 from training.nano import TILING, build_model, load_tokenizer
 from training.tokenizer import build_tokenizer
@@ -115,16 +117,17 @@ def test_tiles_are_described_and_drawn(nano, receipt):
 
 
 def test_files_are_shown_as_the_processor_reads_them(nano, receipt, tmp_path):
-    """A photo that its EXIF tag turns, and a drawing on nothing, which is white and not black."""
+    """A photo that its EXIF tag turns, a drawing on nothing, which is white and not black, and a scan of 16 bits."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     receipt.crop((0, 0, 60, 100)).save(tmp_path / "turned.png", exif=exif)
     Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(tmp_path / "transparent.png")
-    for name, size in (("turned.png", (100, 60)), ("transparent.png", (30, 20))):
-        picture = open_picture(tmp_path / name)
-        assert (picture.mode, picture.size) == ("RGB", size)
-        of_file, of_picture = (nano[1].image_processor(given) for given in (tmp_path / name, picture))
-        assert of_file["pixel_values"].equal(of_picture["pixel_values"])
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100).save(tmp_path / "deep.png")
+    for name, size in (("turned.png", (100, 60)), ("transparent.png", (30, 20)), ("deep.png", (30, 20))):
+        image = load_image(tmp_path / name)
+        assert (image.mode, image.size) == ("RGB", size)
+        of_file, of_image = (nano[1].image_processor(given) for given in (tmp_path / name, image))
+        assert of_file["pixel_values"].equal(of_image["pixel_values"])
 
 
 @pytest.mark.slow

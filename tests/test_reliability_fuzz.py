@@ -24,9 +24,9 @@ def source_of(data: st.DataObject) -> Source:
 @pytest.mark.filterwarnings("ignore")
 @BOUNDED
 @given(data=st.data())
-def test_pictures_give_tiles_or_a_refusal(data):
+def test_images_give_tiles_or_a_refusal(data):
     source = source_of(data)
-    hostile.check_pictures(hostile.pictures(source), hostile.image_options(source))
+    hostile.check_images(hostile.images(source), hostile.image_options(source))
 
 
 @BOUNDED
@@ -55,7 +55,7 @@ def test_damaged_checkpoints_are_loaded_or_refused_and_run_nothing(data):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "inputs"), [("pictures", 400), ("prompts", 400), ("configs", 400)])
+@pytest.mark.parametrize(("kind", "inputs"), [("images", 400), ("prompts", 400), ("configs", 400)])
 def test_the_first_inputs_of_the_long_run_break_nothing_and_are_not_all_refused(kind, inputs):
     counts = fuzz.Counter()
     assert not [finding for number in range(inputs) if (finding := fuzz.run(number, kind, counts))]
@@ -108,7 +108,7 @@ def nested(depth: int) -> list:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_kept_pictures_are_refused(images, options):
+def test_kept_images_are_refused(images, options):
     with pytest.raises((ValueError, TypeError)):
         tiny_processor().image_processor(images, **options)
 

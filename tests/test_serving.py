@@ -64,14 +64,14 @@ def here() -> tuple[Any, Any]:
     return load(NANO)
 
 
-def data_url(picture: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def image_part(picture: Image.Image, **options: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(picture), **options}}
+def image_part(image: Image.Image, **options: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image), **options}}
 
 
 def text_part(text: str) -> dict[str, Any]:
@@ -185,9 +185,9 @@ UNKNOWN_PARTS = {
     "no type": {"text": "Hello"},
     "string": "Hello",
 }
-UNSENT_PICTURES = {
-    "http": "http://127.0.0.1:9/picture.png",
-    "https": "https://example.com/picture.png",
+UNSENT_IMAGES = {
+    "http": "http://127.0.0.1:9/image.png",
+    "https": "https://example.com/image.png",
     "path": str(RECEIPT),
     "file URL": RECEIPT.as_uri(),
     "base64 alone": base64.b64encode(RECEIPT.read_bytes()).decode(),
@@ -209,8 +209,8 @@ def test_other_content_parts_are_refused(client, part, stream):
     assert "'text' and 'image_url'" in message
 
 
-@pytest.mark.parametrize("url", UNSENT_PICTURES.values(), ids=UNSENT_PICTURES)
-def test_pictures_that_are_not_sent_along_are_refused(client, url):
+@pytest.mark.parametrize("url", UNSENT_IMAGES.values(), ids=UNSENT_IMAGES)
+def test_images_that_are_not_sent_along_are_refused(client, url):
     part = {"type": "image_url", "image_url": {"url": url}}
     assert "fetches nothing" in refusal(client, [user(part, text_part("What is this?"))])
 
@@ -251,7 +251,7 @@ def test_options_without_effect_or_sense_are_refused(client, options, says):
         ([], "at least one message"),
         ([{"role": "developer", "content": "Hello"}], "role of system"),
         ([{"role": "user", "content": 3}], "content of a message"),
-        ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})], "picture"),
+        ([user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}})], "cannot be used"),
         ([user(image_part(Image.new("RGB", (9, 9)), detail="low"))], "detail='low'"),
     ],
 )

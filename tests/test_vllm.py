@@ -1,7 +1,7 @@
 """vLLM's own `Llama_Nemotron_Nano_VL` reads our directories and answers as we do.
 
 vLLM needs an environment of its own: `tests/vllm_environment.sh DIRECTORY` makes it, and NEMOTRON_VL_VLLM names its
-python. Pictures go to vLLM as they are; ours get the tiles that vLLM cuts, which resizes with PIL and never doubles.
+python. Images go to vLLM as they are; ours get the tiles that vLLM cuts, which resizes with PIL and never doubles.
 """
 
 import base64
@@ -38,11 +38,11 @@ def vllm_python() -> str:
     return python
 
 
-def user(picture: Image.Image | None, text: str) -> list[dict[str, Any]]:
+def user(image: Image.Image | None, text: str) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
-    if picture is not None:
+    if image is not None:
         buffer = io.BytesIO()
-        picture.save(buffer, "png")
+        image.save(buffer, "png")
         url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
     return [{"role": "user", "content": parts}]
@@ -60,7 +60,7 @@ def vllm_answers(
                 "dtype": "float32",
                 "max_model_len": 2048,
                 "max_tokens": MAX_NEW_TOKENS,
-                "conversations": [user(picture, text) for picture, text in questions],
+                "conversations": [user(image, text) for image, text in questions],
             }
         )
     )
@@ -75,23 +75,21 @@ def vllm_answers(
     return json.loads(answer.read_text())
 
 
-def cut_as_vllm_does(picture: Image.Image, image_processor: Any) -> torch.Tensor:
-    """Tiles of a picture, `(num_tiles, 3, size, size)` in 0..1: PIL's bicubic resize of the undoubled picture."""
+def cut_as_vllm_does(image: Image.Image, image_processor: Any) -> torch.Tensor:
+    """Tiles of an image, `(num_tiles, 3, size, size)` in 0..1: PIL's bicubic resize of the undoubled image."""
     size = image_processor.image_size
-    rows, columns = select_tile_grid(
-        picture.height, picture.width, image_size=size, max_num_tiles=image_processor.max_num_tiles, upscale=1
-    )
-    page = picture.resize((columns * size, rows * size))
+    rows, columns = select_tile_grid(image.height, image.width, image_processor.tiling, upscale=1)
+    page = image.resize((columns * size, rows * size))
     corners = [(column * size, row * size) for row in range(rows) for column in range(columns)]
     tiles = [page.crop((left, top, left + size, top + size)) for left, top in corners]
     if image_processor.use_thumbnail and len(tiles) > 1:
-        tiles.append(picture.resize((size, size)))
+        tiles.append(image.resize((size, size)))
     return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2) / 255
 
 
-def our_answer(model: Any, processor: Any, picture: Image.Image | None, text: str) -> dict[str, Any]:
-    tiles = None if picture is None else cut_as_vllm_does(picture, processor.image_processor)
-    images = [] if picture is None else [Image.new("RGB", picture.size)]
+def our_answer(model: Any, processor: Any, image: Image.Image | None, text: str) -> dict[str, Any]:
+    tiles = None if image is None else cut_as_vllm_does(image, processor.image_processor)
+    images = [] if image is None else [Image.new("RGB", image.size)]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]}],
         tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt", upscale=1,
@@ -129,7 +127,7 @@ def test_an_adopted_directory_answers_in_vllm_as_here(vllm_python, tmp_path, mon
     questions = [(None, "Hello"), (noise(64, 64, 1), "What is this?"), (noise(200, 130, 2), "And this?")]
     theirs = vllm_answers(vllm_python, directory, tmp_path, questions)
     model, processor = load(directory)
-    ours = [our_answer(model, processor, picture, text) for picture, text in questions]
+    ours = [our_answer(model, processor, image, text) for image, text in questions]
     assert len({tuple(answer["ids"]) for answer in ours}) == 3
     for one, other in zip(theirs, ours, strict=True):
         assert one["prompt_ids"] == other["prompt_ids"]
@@ -169,8 +167,8 @@ def test_nano_reads_in_vllm_as_here(vllm_python, tmp_path):
         (receipt.resize((512, 1024)), "Who is the seller?"),  # two tiles, no thumbnail
     ]
     theirs = vllm_answers(vllm_python, directory, tmp_path, questions)
-    for answer, (picture, text) in zip(theirs, questions, strict=True):
-        ours = our_answer(model, processor, picture, text)
+    for answer, (image, text) in zip(theirs, questions, strict=True):
+        ours = our_answer(model, processor, image, text)
         assert answer["prompt_ids"] == ours["prompt_ids"]
         assert answer["ids"] == ours["ids"]
         assert answer["text"] == processor.decode(ours["ids"], skip_special_tokens=True)
@@ -179,11 +177,11 @@ def test_nano_reads_in_vllm_as_here(vllm_python, tmp_path):
 @pytest.mark.parametrize(("name", "method"), [("nvfp4", "modelopt_fp4"), ("fp8", "modelopt"), ("awq", "awq")])
 def test_vllm_recognises_the_quantised_directories(vllm_python, tmp_path, name, method):
     source, out = tiny_checkpoint.make_tiny_checkpoint(tmp_path / "tiny"), tmp_path / name
-    picture = tmp_path / "picture.png"
-    noise(64, 64, 3).save(picture)
+    image = tmp_path / "image.png"
+    noise(64, 64, 3).save(image)
     options = ["--group-size", "32"] if name == "awq" else []
     assert (
-        quantize.main([str(source), "--format", name, "--calibration", str(picture), "--out", str(out), *options]) == 0
+        quantize.main([str(source), "--format", name, "--calibration", str(image), "--out", str(out), *options]) == 0
     )
     code = (
         "import sys; from vllm.config import ModelConfig; "

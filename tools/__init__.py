@@ -1,4 +1,4 @@
-"""Commands for checkpoints and pictures, run from the repository root as `python -m tools.NAME`.
+"""Commands for checkpoints and images, run from the repository root as `python -m tools.NAME`.
 
 The root is a flat Hugging Face model repository without a package of its own. Importing `tools` makes it importable as
 `nemotron_vl`, the name it has when pip installs it.

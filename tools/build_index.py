@@ -1,4 +1,4 @@
-"""Write the model.safetensors.index.json that the weights of a config have, without any weights.
+"""Write the model.safetensors.index.json of a model from its config alone; no weights are needed.
 
     python -m tools.build_index                       # the root's, for the 8B
     python -m tools.build_index v2                    # for the 12B V2
@@ -26,7 +26,7 @@ def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -
     Args:
         config: a `NemotronVLConfig` or `NemotronVLV2Config`.
         max_shard_size: largest size of a file in GB (10^9 bytes).
-        dtype: of every tensor, by its safetensors name.
+        dtype: safetensors name of the dtype of every tensor.
     """
     shards: list[dict[str, TensorHeader]] = [{}]
     filled = 0

@@ -23,7 +23,7 @@ from . import ROOT
 
 NUM_RANKS = 128000
 NUM_SPECIAL_TOKENS = 256
-# Numbers 0-255 behind the ranks; the others are <|reserved_special_token_N|> in order.
+# Special tokens by their number, 0 to 255, after the ranks; the others are <|reserved_special_token_N|> in order.
 NAMED_SPECIAL_TOKENS = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -88,7 +88,7 @@ def vocabulary_and_merges(ranks: dict[bytes, int]) -> tuple[dict[str, int], list
     """
     characters = byte_characters()
 
-    def spell(token: bytes) -> str:
+    def text_of(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
     merges = []
@@ -96,8 +96,8 @@ def vocabulary_and_merges(ranks: dict[bytes, int]) -> tuple[dict[str, int], list
         splits = [(token[:index], token[index:]) for index in range(1, len(token))]
         known = [(left, right) for left, right in splits if left in ranks and right in ranks]
         known.sort(key=lambda halves: (ranks[halves[0]], ranks[halves[1]]))
-        merges += [(spell(left), spell(right)) for left, right in known]
-    return {spell(token): rank for token, rank in ranks.items()}, merges
+        merges += [(text_of(left), text_of(right)) for left, right in known]
+    return {text_of(token): rank for token, rank in ranks.items()}, merges
 
 
 def special_tokens() -> list[str]:
@@ -148,7 +148,7 @@ def check_published(content: bytes) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="tokenizer.model (default: of llama-models)")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="default: the tokenizer.model of llama-models")
     options = parser.parse_args(argv)
     content = build_tokenizer(options.model or find_tokenizer_model()).to_str(pretty=True).encode()
     check_published(content)

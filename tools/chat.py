@@ -1,10 +1,10 @@
-"""Talk to a checkpoint about pictures, turn by turn.
+"""Talk to a checkpoint about images, turn by turn.
 
     python -m tools.chat examples/receipt.png --question "What is the total?"
     python -m tools.chat page.png other.png --model ../my-checkpoint --tiles tiles.png
 
-Prints how each picture is cut into tiles and how many tokens it costs, streams the answer, and goes on asking until an
-empty line when no `--question` is given. `--tiles` writes a picture of the tile grid over each page.
+The command prints how each image is cut into tiles and how many tokens it costs, and streams the answer. Without
+`--question` it asks for questions until one is empty. `--tiles` writes the first image with its tiles drawn over it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemotron_vl.image_processing import load_picture, select_tile_grid
+from nemotron_vl.image_processing import count_tiles, load_image, select_tile_grid
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
@@ -29,8 +29,8 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
     """Return model and processor of a checkpoint directory; `nano/` of this repository finds its code at the root.
 
     Args:
-        directory: with the code, or a subfolder of where the code is.
-        options: of `AutoModel.from_pretrained`; the dtype is the checkpoint's unless given.
+        directory: holds the code too, or is a subfolder of the folder that holds it.
+        options: arguments of `AutoModel.from_pretrained`; without `dtype` the checkpoint's is used.
     """
     where: dict[str, Any] = {"trust_remote_code": True}
     source = directory.resolve()
@@ -40,59 +40,42 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a file as the processor reads it: upright by its EXIF tag, transparency on white."""
-    return load_picture(path)
-
-
-def tile_grid(image_processor: Any, picture: Image.Image) -> tuple[int, int]:
-    """Rows and columns of tiles that the processor cuts a picture into, without the thumbnail."""
-    return select_tile_grid(
-        picture.height,
-        picture.width,
-        image_size=image_processor.image_size,
-        max_num_tiles=image_processor.max_num_tiles,
-        upscale=image_processor.upscale,
-        grid_rule=image_processor.grid_rule,
-    )
-
-
-def draw_tiles(image_processor: Any, picture: Image.Image) -> Image.Image:
-    """Return the page with the borders of its tiles and their numbers drawn over it."""
-    rows, columns = tile_grid(image_processor, picture)
-    grid = Image.new("RGBA", picture.size)
+def draw_tiles(image_processor: Any, image: Image.Image) -> Image.Image:
+    """Return the image with the borders of its tiles and their numbers drawn over it."""
+    rows, columns = select_tile_grid(image.height, image.width, image_processor.tiling)
+    grid = Image.new("RGBA", image.size)
     canvas = ImageDraw.Draw(grid)
-    line_width = max(2, max(picture.size) // 500)
+    line_width = max(2, max(image.size) // 500)
     for tile in range(rows * columns):
         row, column = divmod(tile, columns)
-        left, right = (round(picture.width * edge / columns) for edge in (column, column + 1))
-        top, bottom = (round(picture.height * edge / rows) for edge in (row, row + 1))
+        left, right = (round(image.width * edge / columns) for edge in (column, column + 1))
+        top, bottom = (round(image.height * edge / rows) for edge in (row, row + 1))
         canvas.rectangle((left, top, right - 1, bottom - 1), outline=GRID_COLOUR, width=line_width)
         middle = ((left + right) / 2, (top + bottom) / 2)
         canvas.text(middle, str(tile + 1), fill=NUMBER_COLOUR, font_size=(bottom - top) / 3, anchor="mm")
-    return Image.alpha_composite(picture.convert("RGBA"), grid).convert("RGB")
+    return Image.alpha_composite(image.convert("RGBA"), grid).convert("RGB")
 
 
-def describe(processor: Any, picture: Image.Image) -> str:
-    """One line about what a picture becomes."""
-    rows, columns = tile_grid(processor.image_processor, picture)
-    thumbnail = processor.image_processor.use_thumbnail and rows * columns > 1
-    num_tiles = rows * columns + thumbnail
+def describe(processor: Any, image: Image.Image) -> str:
+    """Say in one line how an image is cut into tiles and how many tokens it costs."""
+    tiling = processor.image_processor.tiling
+    rows, columns = select_tile_grid(image.height, image.width, tiling)
+    num_tiles = count_tiles(image.height, image.width, tiling)
     num_tokens = processor.tokens_per_tile * num_tiles + 2
     return (
-        f"{picture.width} x {picture.height} px -> {columns} x {rows} tiles"
-        f"{' and a thumbnail' if thumbnail else ''} -> {num_tokens} tokens"
+        f"{image.width} x {image.height} px -> {columns} x {rows} tiles"
+        f"{' and a thumbnail' if num_tiles > rows * columns else ''} -> {num_tokens} tokens"
     )
 
 
 class Conversation:
-    """A chat about some pictures that remembers its turns."""
+    """A chat about images that remembers its turns."""
 
-    def __init__(self, model: Any, processor: Any, pictures: list[Image.Image], max_new_tokens: int = 400):
+    def __init__(self, model: Any, processor: Any, images: list[Image.Image], max_new_tokens: int = 400):
         self.model = model
         self.processor = processor
-        self.features = processor.image_processor(pictures, return_tensors="pt") if pictures else {}
-        self.num_pictures = len(pictures)
+        self.features = processor.image_processor(images, return_tensors="pt") if images else {}
+        self.num_images = len(images)
         self.max_new_tokens = max_new_tokens
         self.history: list[tuple[str, str]] | None = None
 
@@ -100,7 +83,7 @@ class Conversation:
     def ask(self, question: str) -> str:
         """Stream the answer to standard output and return it."""
         if self.history is None:
-            question = "<image>\n" * self.num_pictures + question
+            question = "<image>\n" * self.num_images + question
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         answer, self.history = self.model.chat(
             self.processor,
@@ -115,7 +98,7 @@ class Conversation:
 
 
 def typed_questions() -> Iterator[str]:
-    """What the user types, up to an empty line or the end of the input."""
+    """Yield the lines that the user types, up to an empty one or the end of the input."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while question := input("> ").strip():
             yield question
@@ -123,20 +106,20 @@ def typed_questions() -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, nargs="*")
+    parser.add_argument("images", type=Path, nargs="*")
     parser.add_argument("--model", type=Path, default=ROOT / "nano")
     parser.add_argument("--question", nargs="+", help="ask these, one after the other, and stop")
-    parser.add_argument("--tiles", type=Path, help="write the first page with its tiles there")
+    parser.add_argument("--tiles", type=Path, help="file for the first image with its tiles drawn over it")
     arguments = parser.parse_args(argv)
 
     model, processor = load(arguments.model)
-    pictures = [open_picture(path) for path in arguments.pictures]
-    for path, picture in zip(arguments.pictures, pictures, strict=True):
-        print(f"{path}: {describe(processor, picture)}")
-    if arguments.tiles and pictures:
-        draw_tiles(processor.image_processor, pictures[0]).save(arguments.tiles)
-        print(f"Tiles drawn over the page: {arguments.tiles}")
-    conversation = Conversation(model, processor, pictures)
+    images = [load_image(path) for path in arguments.images]
+    for path, image in zip(arguments.images, images, strict=True):
+        print(f"{path}: {describe(processor, image)}")
+    if arguments.tiles and images:
+        draw_tiles(processor.image_processor, images[0]).save(arguments.tiles)
+        print(f"Tiles drawn over the image: {arguments.tiles}")
+    conversation = Conversation(model, processor, images)
     for question in arguments.question or typed_questions():
         if arguments.question:
             print(f"> {question}")

@@ -1,4 +1,4 @@
-"""Run NVIDIA's published code and ours side by side on your pictures; print the largest difference of every stage.
+"""Run NVIDIA's published code and ours side by side on your images; print the largest difference of every stage.
 
     python -m tools.compare DOWNLOAD page.png receipt.png --published-python OLD/bin/python --tower C-RADIOv2-H
 
@@ -43,7 +43,7 @@ PUBLISHED_PACKAGES = {
     "torchvision": "torchvision",
     "transformers": "transformers==4.53.3",
 }
-LAST_TRANSFORMERS = 4  # on 5 the published classes lack post_init(), and the doubling of pictures is skipped
+LAST_TRANSFORMERS = 4  # on 5 the published classes lack post_init(), and the doubling of images is skipped
 STAGES = ("tiles", "tower", "projector", "logits")
 TOLERANCE = 1e-4
 DEFAULT_QUESTION = "Extract all the text in this image."
@@ -91,7 +91,7 @@ def missing_files(download: Path, tower: Path | None) -> list[str]:
 
 
 def imported_packages(folder: Path) -> set[str]:
-    """Packages that the Python files of a folder import whatever happens: at the top level, outside of try and if."""
+    """Packages that the Python files of a folder import unconditionally: at the top level, outside of try and if."""
     packages = set()
     for file in folder.glob("*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -117,7 +117,7 @@ def missing_packages(python: str, packages: set[str]) -> tuple[list[str], str]:
 
 
 def what_is_missing(download: Path, tower: Path | None, python: str) -> list[str]:
-    """Everything that keeps the published code from running, as sentences with the remedy."""
+    """Return what keeps the published code from running, as sentences with the remedy."""
     problems = missing_files(download, tower)
     packages: set[str] = set()
     for folder in (download, tower):
@@ -152,7 +152,7 @@ def load_published(download: Path, dtype: Any) -> tuple[Any, Any, Any]:
             module.dtype = dtype
     tokenizer = AutoTokenizer.from_pretrained(download)
     image_processor = AutoImageProcessor.from_pretrained(download, trust_remote_code=True)
-    torch.bfloat16 = dtype  # after loading: now it only stands for the casts written into the published code
+    torch.bfloat16 = dtype  # after loading, so that only the casts inside the published code read it
     return model, tokenizer, image_processor
 
 
@@ -167,8 +167,10 @@ def load_ours(download: Path, dtype: Any) -> tuple[Any, Any, Any]:
 
 
 def record(model: Any, tokenizer: Any, image_processor: Any, case: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Answer one case by `chat()` and keep what the stages give out; the modules' names are the checkpoint's, in both
-    codes. Returns the stages and the answer."""
+    """Answer one case by `chat()`; return the outputs of the stages and the answer.
+
+    Both codes name their modules as the checkpoint does.
+    """
     import torch
     from PIL import Image
 
@@ -179,8 +181,8 @@ def record(model: Any, tokenizer: Any, image_processor: Any, case: dict[str, Any
         "language_model.lm_head": lambda _, __, output: caught["logits"].append(output[:, -1]),
     }
     handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    pictures = [Image.open(file).convert("RGB") for file in case["images"]]
-    features = dict(image_processor(pictures)) if pictures else {"pixel_values": None}
+    images = [Image.open(file).convert("RGB") for file in case["images"]]
+    features = dict(image_processor(images)) if images else {"pixel_values": None}
     options = {"max_new_tokens": case["max_new_tokens"], "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
     history = [tuple(turn) for turn in case["history"]] if case.get("history") else None
     asked = {"question": case["question"], "generation_config": options, "history": history}
@@ -190,7 +192,7 @@ def record(model: Any, tokenizer: Any, image_processor: Any, case: dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
-    if pictures:
+    if images:
         caught["tiles"] = [torch.as_tensor(features["pixel_values"])]
     stages = {name: torch.cat(list(parts)).float().cpu().contiguous() for name, parts in caught.items() if parts}
     return stages, answer
@@ -218,7 +220,7 @@ def run_side(side: str, download: Path, cases: list[dict[str, Any]], dtype_name:
 
 
 def start_side(side: str, python: str, arguments: argparse.Namespace, cases: Path, out: Path, work: Path) -> None:
-    """Run one side in a process of its own, offline, with the tower's code where transformers looks for it.
+    """Run one side in a process of its own, offline, with the tower's code in the cache where transformers looks.
 
     Raises:
         RuntimeError: with the end of its messages, if it fails.
@@ -294,7 +296,7 @@ def compare_stage(stage: str, theirs: Any, own: Any) -> dict[str, Any]:
 
 
 def common_steps(theirs: Any, own: Any) -> int:
-    """How many steps had the same tokens before them."""
+    """Number of decode steps whose preceding tokens are the same on both sides."""
     count = min(len(theirs), len(own))
     differ = (theirs[:count].argmax(-1) != own[:count].argmax(-1)).nonzero()
     return int(differ[0]) + 1 if len(differ) else count
@@ -313,17 +315,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("download", type=Path, metavar="DOWNLOAD", help="NVIDIA's repository as downloaded")
-    parser.add_argument("pictures", type=Path, nargs="*", metavar="PICTURE")
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE")
     parser.add_argument("--published-python", default=sys.executable, help="interpreter with the old transformers")
     parser.add_argument("--tower", type=Path, metavar="DIR", help="code of the tower's repository")
-    parser.add_argument("--question", default=DEFAULT_QUESTION, help="asked about each picture: %(default)s")
+    parser.add_argument("--question", default=DEFAULT_QUESTION, help="asked about each image: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="store what the published code computed")
-    parser.add_argument(
-        "--published", type=Path, metavar="FOLDER", help="what --keep has stored, instead of running it"
-    )
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="compare with what --keep stored")
     parser.add_argument("--side", choices=("published", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -331,13 +331,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
-    arguments = parser.parse_intermixed_args(argv)  # pictures may follow options
+    arguments = parser.parse_intermixed_args(argv)  # images may follow options
     if arguments.side:
         cases = read_json(arguments.cases)["cases"]
         run_side(arguments.side, arguments.download, cases, arguments.dtype, arguments.device, arguments.keep)
         return 0
-    if bool(arguments.pictures) == bool(arguments.published):
-        parser.error("give pictures, or --published FOLDER with those of an earlier run.")
+    if bool(arguments.images) == bool(arguments.published):
+        parser.error("give images, or --published FOLDER with those of an earlier run.")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         published = arguments.published or arguments.keep or work / "published"
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
                 print("The published code cannot run yet:", *problems, sep="\n- ")
                 return 2
             asked = {"question": arguments.question, "max_new_tokens": arguments.max_new_tokens}
-            cases = [{"images": [str(picture.resolve())], **asked} for picture in arguments.pictures]
+            cases = [{"images": [str(image.resolve())], **asked} for image in arguments.images]
             (work / "cases.json").write_text(json.dumps({"cases": cases}), encoding="utf-8")
             published = published.resolve()
             start_side("published", arguments.published_python, arguments, work / "cases.json", published, work)

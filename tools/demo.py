@@ -2,7 +2,8 @@
 
     python -m tools.demo [CHECKPOINT]
 
-Shows how the page is cut into tiles and what it costs, streams two answers, and writes the tiles drawn over the page.
+It shows how the image is cut into tiles and how many tokens it costs, streams two answers, and writes the image with
+its tiles drawn over it.
 """
 
 import argparse
@@ -19,13 +20,13 @@ RECEIPT = ROOT / "examples" / "receipt.png"
 QUESTIONS = ("What is the total?", "Who is the seller?")
 
 
-def run(checkpoint: Path, picture: Image.Image, tiles: Path) -> list[str]:
-    """Load `checkpoint`, print what happens to `picture`, stream the answers and return them."""
+def run(checkpoint: Path, image: Image.Image, tiles: Path) -> list[str]:
+    """Load `checkpoint`, print what happens to `image`, stream the answers and return them."""
     model, processor = load(checkpoint)
-    print(f"Picture:  {describe(processor, picture)}")
-    draw_tiles(processor.image_processor, picture).save(tiles)
-    print(f"Tiles:    drawn over the page in {tiles}")
-    conversation = Conversation(model, processor, [picture])
+    print(f"Image:    {describe(processor, image)}")
+    draw_tiles(processor.image_processor, image).save(tiles)
+    print(f"Tiles:    drawn over the image in {tiles}")
+    conversation = Conversation(model, processor, [image])
     answers = []
     for question in QUESTIONS:
         started = time.monotonic()

@@ -1,13 +1,13 @@
-"""Serve a checkpoint to OpenAI clients: the stock `transformers serve`, taught to load this model.
+"""Serve a checkpoint to OpenAI clients: the stock `transformers serve`, extended to load this model.
 
     pip install fastapi uvicorn openai  # the extra `serve`
     python -m tools.serve  # nano, on http://localhost:8000/v1
     python -m tools.serve path/to/8b --device cuda --port 8080
 
 `POST /v1/chat/completions` takes text and `image_url` parts with a `data:` URL, and streams; `GET /v1/models` names
-the model, `GET /health` says that it runs. What cannot be done is refused with HTTP 400, never dropped: other content
-parts, options that would be ignored, prompts beyond the context. Nothing is fetched, and no file of the server is read
-for a client. There is no authentication: listen on localhost, or behind something that has it.
+the model, `GET /health` says that the server runs. Requests that cannot be honoured are refused with HTTP 400: other
+content parts, options that would be ignored, prompts beyond the context. The server fetches nothing and reads no file
+for a client. It has no authentication: let it listen on localhost, or behind a proxy that authenticates.
 """
 
 import argparse
@@ -38,11 +38,11 @@ except ImportError as error:
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")  # the stock server also loads any model for any client
 ROLES = ("system", "user", "assistant", "tool")
-# What chat_template_kwargs may hold; the 8B's processor refuses enable_thinking itself.
+# Keys that chat_template_kwargs may have. The processor of the 8B itself refuses enable_thinking.
 REQUEST_OPTIONS = ("max_num_tiles", "use_thumbnail", "upscale", "enable_thinking")
 ANY = object()
-# Fields of OpenAI's that the stock server ignores, with the value that asks for nothing.
-ASKS_NOTHING: dict[str, Any] = {
+# OpenAI fields that the stock server ignores, each with the value that has no effect.
+NEUTRAL_VALUES: dict[str, Any] = {
     "functions": [],
     "logprobs": False,
     "metadata": ANY,
@@ -68,7 +68,7 @@ RANGES = {
 
 
 class OneModel(ModelManager):
-    """Holds one checkpoint directory, under the name of the directory."""
+    """Holds the model and the processor of one checkpoint directory, under the name of the directory."""
 
     def __init__(self, directory: Path, **options: Any):
         self._loaded = load(directory, **options)
@@ -93,7 +93,7 @@ class OneModel(ModelManager):
 
 
 class StrictChat(ChatCompletionHandler):
-    """Chat completions that refuse what they would have to drop."""
+    """Chat completions that refuse what the stock handler would silently drop."""
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         check_options(body)
@@ -106,14 +106,14 @@ class StrictChat(ChatCompletionHandler):
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         options = super()._build_generation_config(body, *args, **kwargs)
-        asks_to_sample = body.get("temperature") or body.get("top_p") is not None
-        if asks_to_sample and body.get("temperature") != 0:
-            options.do_sample = True  # greedy by default, which ignores both without a word
+        wants_sampling = body.get("temperature") or body.get("top_p") is not None
+        if wants_sampling and body.get("temperature") != 0:
+            options.do_sample = True  # the default is greedy decoding, which silently ignores both options
         return options
 
 
 class BoundedGeneration(GenerateManager):
-    """Generation that looks at the context window before the answer begins; a stream cannot turn into an HTTP 400."""
+    """Checks the context window before an answer begins: a stream that has begun cannot become an HTTP 400."""
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any):
         _fit_context(model, inputs, gen_config)
@@ -123,7 +123,7 @@ class BoundedGeneration(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
     ):
         _fit_context(model, inputs, gen_config)
-        # `stop` needs a tokenizer, which the stock server takes a processor for.
+        # `stop` needs the tokenizer; the stock server would pass the processor.
         return await super().generate_non_streaming(model, processor.tokenizer, inputs, gen_config, *args, **kwargs)
 
 
@@ -133,10 +133,10 @@ class BoundedState(GenerationState):
 
 
 def _fit_context(model: Any, inputs: Any, options: GenerationConfig) -> None:
-    """Cut the answer to the room that the prompt leaves, so that `finish_reason` is "length" when it fills it.
+    """Limit the answer to what the prompt leaves of the context; `finish_reason` is "length" when the answer fills it.
 
     Raises:
-        ValueError: if the prompt leaves none.
+        ValueError: if the prompt leaves nothing.
     """
     num_tokens, window = inputs["input_ids"].shape[1], model.config.max_sequence_length
     if num_tokens >= window:
@@ -149,14 +149,14 @@ def _fit_context(model: Any, inputs: Any, options: GenerationConfig) -> None:
 
 
 def check_options(body: dict[str, Any]) -> None:
-    """Refuse the options of a request that would have no effect, or an impossible one.
+    """Refuse options of a request that would be ignored, and impossible values.
 
     Raises:
-        ValueError: naming the option, what came and what is possible.
+        ValueError: with the name of the option, what came and what is possible.
     """
     for name in sorted(UNUSED_CHAT_COMPLETION_FIELDS & body.keys()):
-        nothing = ASKS_NOTHING.get(name)
-        if body[name] is not None and nothing is not ANY and body[name] != nothing:
+        neutral = NEUTRAL_VALUES.get(name)
+        if body[name] is not None and neutral is not ANY and body[name] != neutral:
             raise ValueError(f"{name}={body[name]!r:.80} is not supported by this server; leave {name} out.")
     for name, (lowest, highest) in RANGES.items():
         value = body.get(name)
@@ -170,10 +170,10 @@ def check_options(body: dict[str, Any]) -> None:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse messages with anything but text and pictures sent along; the processor checks the rest of their form.
+    """Refuse messages with other parts than text and images in `data:` URLs; the processor checks the rest.
 
     Raises:
-        ValueError: naming what came and what is possible.
+        ValueError: with what came and what is possible.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a list with at least one message, got {messages!r:.80}.")
@@ -194,26 +194,26 @@ def _check_part(part: Any) -> None:
             f"A message has a content part of type {kind!r}; this server takes 'text' and 'image_url'. Send a PDF "
             "page or a video frame as an image_url."
         )
-    picture = part.get("image_url")
-    picture = picture if isinstance(picture, dict) else {"url": picture}
-    if not isinstance(picture.get("url"), str) or not picture["url"].startswith("data:"):
+    image = part.get("image_url")
+    image = image if isinstance(image, dict) else {"url": image}
+    if not isinstance(image.get("url"), str) or not image["url"].startswith("data:"):
         raise ValueError(
-            f"image_url must be a data: URL like 'data:image/png;base64,...', got {picture.get('url')!r:.80}. This "
-            "server fetches nothing and opens no files: read the picture and send it along."
+            f"image_url must be a data: URL like 'data:image/png;base64,...', got {image.get('url')!r:.80}. This "
+            "server fetches nothing and opens no files: read the image and send it along."
         )
-    if picture.get("detail") not in (None, "auto", "high"):
+    if image.get("detail") not in (None, "auto", "high"):
         raise ValueError(
-            f"detail={picture['detail']!r:.80} of one image is not supported; chat_template_kwargs="
+            f"detail={image['detail']!r:.80} of one image is not supported; chat_template_kwargs="
             "{'max_num_tiles': 1} makes all images of a request small."
         )
 
 
 def make_app(directory: Path, **options: Any) -> FastAPI:
-    """Load a checkpoint directory and return the stock application around it, less the routes for other models.
+    """Load a checkpoint directory and return the stock application around it, without the routes for other models.
 
     Args:
         directory: a directory with our code, or a subfolder of one, like `nano/`.
-        options: of `AutoModel.from_pretrained`: `device_map`, `dtype`, `attn_implementation`, ...
+        options: arguments of `AutoModel.from_pretrained`: `device_map`, `dtype`, `attn_implementation`, ...
     """
     models = OneModel(directory, **options)
     state = BoundedState()
@@ -225,7 +225,7 @@ def make_app(directory: Path, **options: Any) -> FastAPI:
 
 
 async def _refusal(request: Request, error: Exception) -> JSONResponse:
-    """Say what is wrong in the form that OpenAI's clients turn into an exception."""
+    """Return the error in the form that OpenAI's clients turn into an exception."""
     status, message = getattr(error, "status_code", 400), getattr(error, "detail", str(error))
     return JSONResponse(
         {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}, status

@@ -1,7 +1,7 @@
-"""Make a tiny checkpoint with random weights, in the published layout: it runs anywhere and knows nothing.
+"""Make a tiny checkpoint with random weights, in the published layout, for tests.
 
 python -m tools.tiny_checkpoint --out DIR
-python -m tools.tiny_checkpoint --out DIR --v2    # of the 12B V2 instead of the 8B V1
+python -m tools.tiny_checkpoint --out DIR --v2    # the 12B V2 instead of the 8B V1
 """
 
 import argparse
@@ -131,7 +131,7 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, v2: bool = False) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = NemotronH_Nano_VL_V2(config) if v2 else Llama_Nemotron_Nano_VL(config)
-        # Fresh weights of standard deviation 0.02 let a tiny model say one token for ever.
+        # With the usual standard deviation of 0.02 a tiny model repeats one token for ever.
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -149,7 +149,7 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, v2: bool = False) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--v2", action="store_true", help="of the 12B V2")
+    parser.add_argument("--v2", action="store_true", help="make the 12B V2 instead of the 8B V1")
     arguments = parser.parse_args(argv)
     folder = make_tiny_checkpoint(arguments.out, v2=arguments.v2)
     print(f"A tiny random checkpoint is in {folder}.")

@@ -19,8 +19,8 @@ from tools import ROOT
 RED, BLUE = Image.new("RGB", (20, 20), (255, 0, 0)), Image.new("RGB", (20, 20), (0, 0, 255))
 
 
-def tiles_of(picture) -> torch.Tensor:
-    return NemotronVLImageProcessor(image_size=64, max_num_tiles=6)(picture)["pixel_values"]
+def tiles_of(image) -> torch.Tensor:
+    return NemotronVLImageProcessor(image_size=64, max_num_tiles=6)(image)["pixel_values"]
 
 
 def saved(image: Image.Image, image_format: str, **options) -> bytes:
@@ -57,10 +57,10 @@ def test_the_first_frame_of_a_file_counts_and_the_current_one_of_an_image(image_
 
 @pytest.mark.parametrize("orientation", range(9))
 def test_every_orientation_of_a_file_is_turned_upright(orientation):
-    levels = np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(levels)
+    stored = Image.fromarray(pixels)
     turns = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE"]
     turn = [*turns, "ROTATE_90"][orientation]
     upright = stored.transpose(Image.Transpose[turn]) if turn else stored
@@ -89,21 +89,21 @@ from nemotron_vl.image_processing import cut_tiles
 def resident(kind):  # bytes in main memory: VmRSS now, VmHWM at most since it was reset
     return 1024 * int(Path("/proc/self/status").read_text().split(kind + ":")[1].split()[0])
 
-picture = np.random.default_rng(0).integers(0, 256, (6000, 4300, 3), np.uint8)
-if sys.argv[1] == "image":
-    picture = Image.fromarray(picture)
+image = np.random.default_rng(0).integers(0, 256, (6000, 4300, 3), np.uint8)
+if sys.argv[1] == "pil":
+    image = Image.fromarray(image)
 cut_tiles(np.zeros((64, 64, 3), np.uint8))  # allocates what stays
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-tiles = cut_tiles(picture)
+tiles = cut_tiles(image)
 print(resident("VmHWM") - before, sum(tile.numel() for tile in tiles))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux' /proc")
-@pytest.mark.parametrize("kind", ["array", "image"])
+@pytest.mark.parametrize("kind", ["array", "pil"])
 def test_doubling_a_large_scan_keeps_the_whole_process_within_the_stated_memory(kind):
     """What the allocators of torch and Pillow take is counted here, too; a fresh process has nothing to reuse."""
     height, width = 6000, 4300
@@ -113,16 +113,16 @@ def test_doubling_a_large_scan_keeps_the_whole_process_within_the_stated_memory(
     peak, held = map(int, ended.stdout.split())
     _, columns = select_tile_grid(height, width)
     assert held < peak < held + 8 * height * 512 * (columns + 1) + 80e6
-    assert peak < 4 * height * width * 3  # the doubled picture alone
+    assert peak < 4 * height * width * 3  # the doubled image alone
 
 
 @pytest.mark.parametrize(("height", "width"), [(4200, 2970), (600, 6000), (6000, 600)])
 def test_doubling_a_large_scan_takes_no_more_than_the_stated_memory(height, width):
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    cut_tiles(picture[:64, :64])  # allocates what stays
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    cut_tiles(image[:64, :64])  # allocates what stays
     _, columns = select_tile_grid(height, width)
     tracemalloc.start()
-    tiles = cut_tiles(picture)
+    tiles = cut_tiles(image)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     held = sum(tile.numel() for tile in tiles)
