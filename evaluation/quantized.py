@@ -2,7 +2,7 @@
 
     python -m evaluation.quantized --out evaluation/results/quantized.json
 
-Each format is made with `python -m tools.quantize`, calibrated on pictures of training documents, none of which is
+Each format is made with `python -m tools.quantize`, calibrated on images of training documents, none of which is
 asked about; then the very same held-out questions are asked. Layers are unpacked for it: the weights and the answers
 are those of the packed ones, only faster. Prints a table whose first row holds shares in percent and whose other rows
 hold differences from it in percentage points; the last line of the output is one JSON object.
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 import transformers
 
+from documents.drawing import draw, random_style, require_fonts
+from documents.generator import KINDS, document
 from evaluation import ROOT
 from evaluation.nano import evaluate, make_questions, mean
 from tools.chat import load
-from training.documents import KINDS, document
-from training.drawing import draw, random_style, require_fonts
 
 FORMATS = ("fp8", "nvfp4", "awq")
 PLAIN = "unquantised"
 
 
-def draw_calibration_pictures(folder: Path, count: int) -> list[Path]:
+def draw_calibration_images(folder: Path, count: int) -> list[Path]:
     """Draw documents of the training split, all kinds in turn."""
     kinds, files = list(KINDS), []
     for seed in range(count):
@@ -40,10 +40,10 @@ def draw_calibration_pictures(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def quantize(model: Path, format_name: str, pictures: list[Path], group_size: int, out: Path) -> dict[str, Any]:
+def quantize(model: Path, format_name: str, images: list[Path], group_size: int, out: Path) -> dict[str, Any]:
     """Run `tools.quantize` as a user does and return its report, the error of every layer included."""
     command = [sys.executable, "-m", "tools.quantize", model, "--format", format_name, "--out", out]
-    command += ["--group-size", str(group_size), "--calibration", *pictures]
+    command += ["--group-size", str(group_size), "--calibration", *images]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
         raise ValueError(f"tools.quantize --format {format_name} failed:\n{finished.stderr[-2000:]}")
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "nano")
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--calibration-pictures", type=int, default=32)
+    parser.add_argument("--calibration-images", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=64, help="AWQ: inputs per scale; nano's widths allow 64")
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
@@ -120,7 +120,7 @@ def main() -> None:
         "documents": arguments.documents,
         "dtype": str(model.dtype).removeprefix("torch."),
         "awq_group_size": arguments.group_size,
-        "calibration_pictures": arguments.calibration_pictures,
+        "calibration_images": arguments.calibration_images,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": arguments.threads,
@@ -128,10 +128,10 @@ def main() -> None:
         "formats": {PLAIN: {"bytes": size, "percent": percentages(before)}},
     }
     with tempfile.TemporaryDirectory() as folder:
-        pictures = draw_calibration_pictures(Path(folder), arguments.calibration_pictures)
+        images = draw_calibration_images(Path(folder), arguments.calibration_images)
         for name in arguments.formats:
             out = Path(folder) / name
-            numbers = quantize(arguments.model, name, pictures, arguments.group_size, out)
+            numbers = quantize(arguments.model, name, images, arguments.group_size, out)
             model, processor = load(out, dequantize=True)
             after = evaluate(model, processor, questions, arguments.batch_size)
             report["formats"][name] = numbers | compare(before, after) | {"percent": percentages(after)}

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from documents.generator import KINDS, ROWS_PER_PAGE
 from evaluation import quantized
 from evaluation.nano import (
     FURTHER_TASKS,
@@ -17,7 +18,6 @@ from evaluation.nano import (
     score,
     summarize,
 )
-from training.documents import KINDS, ROWS_PER_PAGE
 
 
 def questions(count: int) -> list:
@@ -32,12 +32,12 @@ def test_every_task_comes_in_its_share():
 def test_a_seed_always_asks_the_same():
     first, second = (make_question(3, tuple(KINDS)) for _ in range(2))
     assert first.turn == second.turn
-    assert first.pictures[0].tobytes() == second.pictures[0].tobytes()
+    assert first.images[0].tobytes() == second.images[0].tobytes()
 
 
-def test_batches_hold_equally_many_pictures():
+def test_batches_hold_equally_many_images():
     for batch in batches(questions(40), 4):
-        assert len({len(question.pictures) for question in batch}) == 1
+        assert len({len(question.images) for question in batch}) == 1
 
 
 def test_further_tasks_come_after_the_documents_and_change_none_of_them():
@@ -46,7 +46,7 @@ def test_further_tasks_come_after_the_documents_and_change_none_of_them():
     follow_up, long = asked[20:]
     assert (follow_up.turn.task, long.turn.task) == FURTHER_TASKS
     assert len({follow_up.turn.question, *follow_up.earlier}) == 3
-    assert long.pictures[0].height >= 2 * 24 * ROWS_PER_PAGE and not long.earlier
+    assert long.images[0].height >= 2 * 24 * ROWS_PER_PAGE and not long.earlier
 
 
 def test_a_follow_up_is_asked_after_the_models_own_answers():
@@ -64,8 +64,8 @@ def test_a_follow_up_is_asked_after_the_models_own_answers():
     class Processor:
         tokenizer = None
 
-        def image_processor(self, pictures, return_tensors):
-            return {"pixel_values": len(pictures)}
+        def image_processor(self, images, return_tensors):
+            return {"pixel_values": len(images)}
 
     batch = [make_question(seed, ("receipt",), "follow-up") for seed in (20, 22)]
     assert answer(Model(), Processor(), batch) == ["answer 3"] * 2

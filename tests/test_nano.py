@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+from pretraining.nano import TILING, build_model, load_tokenizer
+from pretraining.tokenizer import build_tokenizer
 from tools import ROOT, adopt, chat
 from tools.chat import Conversation, describe, draw_tiles, load, open_picture
 from tools.demo import RECEIPT
-from training.nano import TILING, build_model, load_tokenizer
-from training.tokenizer import build_tokenizer
 
 MEGABYTE = 2**20
 
