@@ -1,6 +1,6 @@
 """Plots the accuracy of held-out answers over the minutes of training runs, one run after the other.
 
-    python -m pretraining.curve docs/training/*.jsonl --out docs/images/nano_curve.png
+    python -m pretraining.curve docs/log/nano/*.jsonl --out docs/images/nano_curve.png
 
 It needs matplotlib. Each argument is the log of a run; vertical lines separate the runs.
 """

@@ -2,9 +2,11 @@
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 from itertools import pairwise
@@ -19,6 +21,7 @@ from torch.multiprocessing import spawn
 
 from documents.drawing import require_fonts
 from documents.questions import ABSENT, verdict_of
+from evaluation import nano as evaluation
 from pretraining import common, joint, language, vision
 from pretraining.batches import Encoder
 from pretraining.common import Score, average, gradient_step, load_weights, prepare_torch
@@ -26,6 +29,7 @@ from pretraining.curve import draw_curve, read_log
 from pretraining.mixture import auxiliary_batch
 from pretraining.nano import load_tokenizer
 from tools import ROOT
+from tools.chat import load
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
 
@@ -218,6 +222,34 @@ def test_the_second_stage_imitates_the_first_and_can_be_continued(tmp_path, quic
     run(vision, *command, "--minutes", 0.01, monkeypatch=quick)
     first, more = (load_file(tmp_path / name / "model.safetensors") for name in ("vision", "more"))
     assert first.keys() == more.keys() and all(torch.equal(first[name], more[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_manual_train_and_evaluate_nano(tmp_path, quick):
+    """Each command of docs/nano.md runs as it stands, in order, but for a moment and on small batches."""
+    text = (ROOT / "docs" / "nano.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert [command[:2] for command in commands] == [["python", "-m"]] * 10
+    (tmp_path / "nano").symlink_to(ROOT / "nano")
+    quick.chdir(tmp_path)
+    for stage in (vision, joint, evaluation):  # whether a command runs does not depend on the fonts
+        quick.setattr(stage, "require_fonts", lambda *split: None)
+    for _, _, module, *arguments in commands:
+        if "--minutes" in arguments:
+            arguments[arguments.index("--minutes") + 1] = "0.01"
+            arguments += ["--batch-size", "2"]
+        if "--documents" in arguments:
+            arguments[arguments.index("--documents") + 1] = "20"
+        if module != "tools.adopt":
+            arguments += ["--threads", "1"]
+        run(importlib.import_module(module), *arguments, monkeypatch=quick)
+    logs = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/log.jsonl"))
+    assert logs == ["documents", "joint", "joint-2", "more", "random-pages", "vision", "vision-2"]
+    assert all(state(tmp_path / "runs" / name)["step"] > 0 for name in logs)
+    assert len(json.loads((tmp_path / "runs" / "nano.json").read_text())["answers"]) == 22
+    model, _ = load(tmp_path / "runs" / "nano")
+    assert model.state_dict().keys() >= load_file(ROOT / "nano" / "model.safetensors").keys()
 
 
 def test_the_curve_of_several_runs_is_drawn(tmp_path):
