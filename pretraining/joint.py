@@ -2,10 +2,11 @@
 
     python -m pretraining.joint --language runs/language --vision runs/vision --output runs/joint --minutes 60
     python -m pretraining.joint --start-from nano --output runs/joint --minutes 60      # or continue from a checkpoint
-    python -m pretraining.joint --output runs/joint --export runs/nano                  # write the checkpoint
+    python -m pretraining.joint --output runs/joint --export runs/exported              # write the checkpoint
 
 A new run starts from the language model of stage 1 and the tower of stage 2. The glyph loss of stage 2 stays on with a
-small weight. With `--freeze-vision` the language model learns alone, in a third of the time for a step.
+small weight. With `--freeze-vision` the language model learns alone, in a third of the time for a step. An exported
+checkpoint holds no code, as `nano/` does not; `tools.adopt` makes a directory with code of it.
 """
 
 import argparse

@@ -252,10 +252,10 @@ def test_only_answers_carry_loss(encoder):
 
 
 def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words(encoder):
-    spelled = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
-    assert spelled("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
-    assert spelled("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
-    assert spelled("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
+    tokens_of = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
+    assert tokens_of("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
+    assert tokens_of("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
+    assert tokens_of("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
     assert encoder.answer("\u00e9") == encoder.encode("\u00e9")  # on no drawn page
     assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
 

@@ -1,4 +1,4 @@
-"""Nano, the trained checkpoint: it loads by every door, reads the bundled receipt, and the tools show how."""
+"""Nano, the trained checkpoint: it loads by every Auto class, reads the bundled receipt, and the tools show how."""
 
 import json
 import os

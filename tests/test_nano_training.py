@@ -1,4 +1,4 @@
-"""The three stages of nano's training: they run, go on where they stopped, and write what they learned."""
+"""The three stages of nano's training run, resume, and write a checkpoint, as docs/nano.md says."""
 
 import argparse
 import functools
@@ -260,5 +260,5 @@ def test_the_curve_of_several_runs_is_drawn(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert [entry["minutes"] for entry in read_log(tmp_path / "1-first.jsonl")] == [1.5, 1.5]
     draw_curve(sorted(tmp_path.glob("*.jsonl")), tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > 500
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > 500
