@@ -5,16 +5,10 @@ from collections import UserString
 
 import pytest
 import torch
-from nemotron_vl import processing_nemotron_vl
-from nemotron_vl.processing_nemotron_vl import (
-    IMAGE_TOKEN,
-    PRIVATE_USE_CHARACTERS,
-    ControlTokenGuard,
-    NemotronVLProcessor,
-    _encode_chat,
-    build_chat_prompts,
-    flatten_content,
-)
+from nemotron_vl import chat
+from nemotron_vl.chat import _encode_chat, build_chat_prompts
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.prompts import IMAGE_TOKEN, PRIVATE_USE_CHARACTERS, ControlTokenGuard, flatten_content
 from transformers.utils import get_json_schema
 
 from tests.hostile import CONTROL_TOKENS, SMALL, control_counts, expected_counts, forging_tool, tiny_processor
@@ -382,10 +376,8 @@ def test_text_parts_keep_their_line_rules_beside_images():
 
 def test_dropping_turns_of_a_long_history_is_no_work_per_turn(caplog, monkeypatch):
     history = [("<image>" + "q" * 20, "a" * 20)] * 1000
-    logger, encodings = "nemotron_vl.processing_nemotron_vl", []
-    monkeypatch.setattr(
-        processing_nemotron_vl, "_encode_chat", lambda *args: encodings.append(1) or _encode_chat(*args)
-    )
+    logger, encodings = "nemotron_vl.chat", []
+    monkeypatch.setattr(chat, "_encode_chat", lambda *args: encodings.append(1) or _encode_chat(*args))
     with caplog.at_level("WARNING", logger):
         prompt = chat_prompt("last", [1] * 1000, history, system_prompt="sys", max_length=500)
     assert len(encodings) <= 13  # a bisection of 1,000, the whole prompt and the result
