@@ -47,8 +47,7 @@ fuzz: $(VENV)/.dev  ## hostile pictures and prompts for as long as you like; see
 	$(PY) -m tests.fuzz
 
 eval-nano: $(VENV)/.dev  ## 1,000 held-out documents; needs the fonts of the extra `nano`
-	$(VENV)/bin/pip install -q matplotlib font-roboto font-source-sans-pro font-source-serif-pro \
-		font-hanken-grotesk font-caladea font-manrope
+	$(VENV)/bin/pip install -q -e ".[nano]"
 	$(PY) -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
 style: $(VENV)/.dev  ## rewrite the files the way `check` wants them

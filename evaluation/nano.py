@@ -2,11 +2,11 @@
 
     python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
-Each held-out document is drawn as an image, goes through the checkpoint's own processor, and is asked one thing
-through `model.chat()`, greedy. The tasks take turns; after all documents, one in ten more are asked about as the last
-of three questions ("follow-up", over the checkpoint's own earlier answers) or are two tiles long ("long"). Values are
-never those of training; half of the images use fonts and half of the pages a layout that training has not seen, and
-three in ten questions a phrasing. The last line of the output is one JSON object.
+Each held-out document is drawn as an image and goes through the checkpoint's own processor; one question about it is
+answered by `model.chat()`, greedy. The tasks take turns. A tenth as many documents follow with two further tasks: the
+last of three questions over the checkpoint's own earlier answers ("follow-up"), and documents of two tiles ("long").
+Names, dates and amounts are never those of training. Half of the images use a font, half of the pages a layout and
+three in ten questions a phrasing that training has not seen. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -22,16 +22,16 @@ import torch
 import transformers
 from PIL import Image
 
+from documents.drawing import FONTS, draw, random_style, require_fonts
+from documents.generator import KINDS, LONG_KINDS, NUM_LAYOUTS, document
+from documents.questions import Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
 from evaluation import ROOT
 from tools.chat import load
-from training.documents import KINDS, LONG_KINDS, NUM_LAYOUTS, document
-from training.drawing import FONTS, draw, random_style, require_fonts
-from training.questions import Asker, Conversation, Turn, ask, compare, text_only, verdict_of
 
 SPLIT = "heldout"
 TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
 TASKS += ("transcription", "html", "compare", "compare", "text")
-# Asked after the documents of the tasks above, whose seeds and numbers stay what they are.
+# These come after the documents of the tasks above, so that their seeds do not change.
 FURTHER_TASKS = ("follow-up", "long")
 MAX_NEW_TOKENS = {"transcription": 320, "html": 400}
 MAX_NEW_TOKENS_OF_OTHERS = 48  # the longest comparison of two suppliers takes 43
@@ -39,7 +39,7 @@ MAX_NEW_TOKENS_OF_OTHERS = 48  # the longest comparison of two suppliers takes 4
 
 @dataclass
 class Question:
-    """One thing asked, after the questions `earlier`; kind and flags say what makes it hard."""
+    """One question after the questions `earlier`, the kind of its document, and what of it training has seen."""
 
     turn: Turn
     images: list[Image.Image]
@@ -50,7 +50,7 @@ class Question:
 
 
 def batches(questions: list[Question], batch_size: int) -> Iterator[list[Question]]:
-    """Batches of questions with equally many images and turns, and like limits of the answer's length."""
+    """Yield batches of questions with equally many images and turns and the same limit of the answer's length."""
     groups: dict[tuple[int, int, int], list[Question]] = defaultdict(list)
     for question in questions:
         limit = MAX_NEW_TOKENS.get(question.turn.task, 0)
@@ -61,7 +61,7 @@ def batches(questions: list[Question], batch_size: int) -> Iterator[list[Questio
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Fewest insertions, deletions and replacements that turn one string into the other."""
+    """Return the fewest insertions, deletions and replacements that turn one string into the other."""
     row = list(range(len(second) + 1))
     for index, character in enumerate(first, 1):
         diagonal, row[0] = row[0], index
@@ -74,7 +74,7 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def make_questions(num_documents: int, kinds: tuple[str, ...]) -> list[Question]:
-    """Questions about `num_documents` documents in the turn of `TASKS`, and a tenth more of the further tasks."""
+    """Return questions about `num_documents` documents with `TASKS` in turn, and a tenth more of the further tasks."""
     further = range(num_documents, num_documents + num_documents // 10)
     return [make_question(seed, kinds) for seed in range(num_documents)] + [
         make_question(seed, kinds, FURTHER_TASKS[seed % len(FURTHER_TASKS)]) for seed in further
@@ -82,7 +82,7 @@ def make_questions(num_documents: int, kinds: tuple[str, ...]) -> list[Question]
 
 
 def make_question(seed: int, kinds: tuple[str, ...], task: str | None = None) -> Question:
-    """The question of a seed; unless given, its task is the seed's turn in `TASKS`."""
+    """Return the question of a seed; by default the seed's place in `TASKS` gives the task."""
     task = task or TASKS[seed % len(TASKS)]
     rng = random.Random(f"evaluation {seed}")
     if task == "text":
@@ -110,14 +110,14 @@ def make_question(seed: int, kinds: tuple[str, ...], task: str | None = None) ->
 
 
 def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, ...]) -> Conversation:
-    asker = Asker(rng, SPLIT)
+    maker = QuestionMaker(rng, SPLIT)
     suited = {"price": ("receipt", "invoice"), "cell": ("table",), "html": ("table",)}
     suited["chart"] = ("bar chart", "line chart")
-    ask: dict[str, Callable] = {"field": asker.field, "absent": asker.absent, "yes/no": asker.check}
-    ask |= {"transcription": asker.transcribe, "html": asker.html}
+    ask: dict[str, Callable] = {"field": maker.field, "absent": maker.absent, "yes/no": maker.check}
+    ask |= {"transcription": maker.transcribe, "html": maker.html}
     for attempt in range(1000):
         page = document(1000 * seed + attempt, SPLIT, rng.choice(suited.get(task, kinds)))
-        turn = ask.get(task, asker.price)(page)
+        turn = ask.get(task, maker.price)(page)
         if turn.task == task:
             return Conversation([page], [turn])
     raise ValueError(f"No {task!r} question can be asked about {', '.join(kinds)}.")
@@ -125,7 +125,7 @@ def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, 
 
 @torch.no_grad()
 def answer(model, processor, questions: list[Question]) -> list[str]:
-    """Greedy answers of `model.chat()` to the last question of each, after its own answers to the earlier ones."""
+    """Return greedy answers of `model.chat()` to the last questions, after its own answers to the earlier ones."""
     images = [question.images for question in questions]
     flat = [image for group in images for image in group]
     pixels = processor.image_processor(flat, return_tensors="pt") if flat else {}
@@ -148,7 +148,7 @@ def answer(model, processor, questions: list[Question]) -> list[str]:
 
 
 def score(question: Question, given: str) -> dict[str, float]:
-    """Exact match, for long answers the character error rate, for comparisons whether the verdict is right."""
+    """Return the exact match, the character error rate of long answers and the verdict of comparisons."""
     wanted = question.turn.answer
     marks = {"exact": float(given == wanted)}
     if question.turn.task == "compare":
@@ -159,7 +159,7 @@ def score(question: Question, given: str) -> dict[str, float]:
 
 
 def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
-    """Means per task, with the exact matches where font, layout and phrasing were seen, and where none was."""
+    """Return means per task, and the exact matches with seen and with unseen fonts, layouts and phrasings."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["task"]].append(row)
@@ -176,7 +176,7 @@ def summarize(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def markdown(report: dict) -> str:
-    """The summary as a table: exact match, and what unseen fonts, layouts and phrasings cost."""
+    """Return the summary as a table, with the exact matches for unseen fonts, layouts and phrasings."""
     lines = ["| task | questions | exact | unseen font | unseen layout | unseen phrasing | verdict | error rate |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for task, numbers in report["tasks"].items():
@@ -193,7 +193,7 @@ def mean(values) -> float | None:
 
 
 def evaluate(model, processor, questions: list[Question], batch_size: int) -> list[dict]:
-    """Ask everything; one row a question: what was asked, wanted and given, what was seen in training, the marks."""
+    """Return a row for each question: its text, the right answer, the answer given, flags and scores."""
     rows: list[dict] = []
     for batch in batches(questions, batch_size):
         for question, given in zip(batch, answer(model, processor, batch), strict=True):

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import transformers
 
+from documents.drawing import draw, random_style, require_fonts
+from documents.generator import KINDS, document
 from evaluation import ROOT
 from evaluation.nano import evaluate, make_questions, mean
 from tools.chat import load
-from training.documents import KINDS, document
-from training.drawing import draw, random_style, require_fonts
 
 FORMATS = ("fp8", "nvfp4", "awq")
 PLAIN = "unquantised"

@@ -1,5 +1,6 @@
 """The drawn documents, their questions and the sequences made of them."""
 
+import ast
 import random
 import re
 from collections import Counter
@@ -7,14 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from training import drawing
-from training.batches import IGNORE, Encoder
-from training.documents import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, Draft, document, in_order
-from training.drawing import FONTS, draw, random_style
-from training.exercises import PRINTED_AS, _list, exercise, judgement, look_back
-from training.lessons import lesson
-from training.nano import load_tokenizer, tiles_of
-from training.questions import (
+from documents import drawing
+from documents.drawing import FONTS, draw, random_style
+from documents.generator import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, Draft, document, in_order
+from documents.questions import (
     ABSENT,
     CELL_PHRASINGS,
     CHECK_PHRASINGS,
@@ -26,15 +23,26 @@ from training.questions import (
     SYNONYMS,
     TRANSCRIBE_PHRASINGS,
     VALUE_PHRASINGS,
-    Asker,
+    QuestionMaker,
     ask,
     compare,
     instruction_texts,
     read_out,
     text_only,
+    training_conversation,
     verdict_of,
 )
-from training.words import Values, split_of
+from documents.values import Values, split_of
+from pretraining.batches import IGNORE_INDEX, Encoder
+from pretraining.nano import load_tokenizer, tiles_of
+from pretraining.random_pages import (
+    PRINTED_AS,
+    _list,
+    random_page_conversation,
+    value_first_conversation,
+    verdict_conversation,
+)
+from tools import ROOT
 
 SEEDS = range(40)
 WORDS = {word.lower() for text in instruction_texts() for word in re.findall("[A-Za-z]+", text)}
@@ -46,7 +54,7 @@ def encoder() -> Encoder:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_seed_always_gives_the_same_document_and_picture(kind):
+def test_a_seed_always_gives_the_same_document_and_image(kind):
     first, second = (document(3, kind=kind) for _ in range(2))
     assert first == second
     pixels = [draw(page, random_style(5), seed=7).tobytes() for page in (first, second)]
@@ -72,8 +80,36 @@ def test_long_documents_fill_two_tiles(kind):
 
 
 def test_one_page_is_one_tile_in_every_style():
-    pictures = [draw(document(seed), random_style(seed)) for seed in range(12)]
-    assert tiles_of(pictures).shape == (12, 3, 512, 512)
+    images = [draw(document(seed), random_style(seed)) for seed in range(12)]
+    assert tiles_of(images).shape == (12, 3, 512, 512)
+
+
+def test_the_extra_nano_installs_the_package_of_every_font():
+    extra = re.search(r"^nano = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL).group(1)
+    packages = {font[0].replace("_", "-") for fonts in FONTS.values() for font in fonts}
+    assert set(re.findall(r'"([^"]+)"', extra)) == packages
+
+
+@pytest.mark.parametrize(
+    ("folder", "imports"),
+    [
+        ("documents", set()),
+        ("evaluation", {"documents", "tools"}),
+        ("pretraining", {"documents", "tools", "nemotron_vl"}),
+        ("training", {"documents", "tools", "nemotron_vl"}),
+    ],
+)
+def test_folders_import_each_other_in_one_direction(folder, imports):
+    of_files = {}
+    for file in (ROOT / folder).glob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        of_files[file.name] = {name.split(".")[0] for name in names}
+    ours = {"documents", "evaluation", "pretraining", "training", "tools", "nemotron_vl", "benchmarks", "tests"}
+    assert set().union(*of_files.values()) & ours - {folder} <= imports
+    if folder == "training":  # fine-tuning needs drawn documents for one kind of recipe only
+        assert [name for name, found in of_files.items() if "documents" in found] == ["drawn_documents.py"]
 
 
 def test_stretched_characters_are_as_much_wider():
@@ -180,7 +216,7 @@ def test_what_looks_back_stands_before_its_name():
 
 def test_a_table_becomes_html_cell_by_cell():
     page = document(2, kind="table")
-    html = Asker(random.Random(0), "train").html(page).answer
+    html = QuestionMaker(random.Random(0), "train").html(page).answer
     assert html.count("<tr>") == len(page.table)
     assert "".join(f"<td>{cell}</td>" for cell in page.table[1]) in html
 
@@ -208,27 +244,27 @@ def test_comparisons_are_right():
 
 
 def test_only_answers_carry_loss(encoder):
-    conversation = lesson(5)
+    conversation = training_conversation(5)
     ids, labels = encoder.conversation(conversation)
-    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE])
+    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     assert learned == "".join(f"{turn.answer}<|eot_id|>" for turn in conversation.turns)
     assert ids[: len(encoder.prompt(conversation))] == encoder.prompt(conversation)
 
 
 def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words(encoder):
-    spelled = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
-    assert spelled("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
-    assert spelled("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
-    assert spelled("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
+    tokens_of = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
+    assert tokens_of("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
+    assert tokens_of("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
+    assert tokens_of("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
     assert encoder.answer("\u00e9") == encoder.encode("\u00e9")  # on no drawn page
     assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
 
 
 @pytest.mark.parametrize("num_lines", [3, 9, ROWS_PER_PAGE])
-def test_exercises_ask_for_what_is_printed(num_lines):
+def test_random_pages_ask_for_what_is_printed(num_lines):
     tasks = Counter()
     for seed in range(300):
-        conversation = exercise(seed, num_lines, share_of_look_ups=0.7)
+        conversation = random_page_conversation(seed, num_lines, share_of_lookups=0.7)
         tasks.update(turn.task for turn in conversation.turns)
         for page in conversation.documents:
             assert len(page.lines) == ROWS_PER_PAGE
@@ -253,20 +289,20 @@ def test_exercises_ask_for_what_is_printed(num_lines):
 def test_many_copies_have_lines_that_begin_alike():
     alike = 0
     for seed in range(100):
-        beginnings = [line.lstrip()[:4] for line in exercise(seed, 12).documents[0].lines if line]
+        beginnings = [line.lstrip()[:4] for line in random_page_conversation(seed, 12).documents[0].lines if line]
         alike += len(set(beginnings)) < len(beginnings)
     assert 30 < alike < 55
 
 
 def test_captions_are_asked_for_as_names_of_documents_are():
-    questions = [turn.question for seed in range(200) for turn in exercise(seed, 12, 1.0).turns]
+    questions = [turn.question for seed in range(200) for turn in random_page_conversation(seed, 12, 1.0).turns]
     assert {"Due date?", "Customer number?", "Total?"} <= set(questions)
 
 
-def test_what_exercises_call_absent_is_not_printed():
+def test_what_random_pages_call_absent_is_not_printed():
     found = Counter()
     for seed in range(300):
-        conversation = exercise(seed, 10, share_of_look_ups=1.0)
+        conversation = random_page_conversation(seed, 10, share_of_lookups=1.0)
         words = {word.lower() for page in conversation.documents for word in re.split(r"[^A-Za-z]+", page.text)}
         for turn in conversation.turns:
             if turn.answer == ABSENT:
@@ -287,7 +323,7 @@ def test_what_exercises_call_absent_is_not_printed():
     assert min(found["field"], found["cell"]) > 20
 
 
-def test_exercises_keep_held_out_phrasings_and_layouts_out():
+def test_random_pages_keep_held_out_phrasings_and_layouts_out():
     lists = (FIELD_PHRASINGS, VALUE_PHRASINGS, PRICE_PHRASINGS, CELL_PHRASINGS, HTML_PHRASINGS, TRANSCRIBE_PHRASINGS)
     lists += (CHECK_PHRASINGS, *COMPARE_PHRASINGS.values())
     taught = {phrasing for phrasings in lists for phrasing in phrasings[:-1]}
@@ -297,7 +333,12 @@ def test_exercises_keep_held_out_phrasings_and_layouts_out():
     taught_fields -= {phrasing.format(name) for phrasing in held_out[:3] for name in PRINTED_AS}
     patterns = [re.compile(re.sub(r"\\\{\d?\\\}", "(.+)", re.escape(phrasing))) for phrasing in held_out]
     for seed in range(300):
-        for conversation in (exercise(seed, 10, 0.8), look_back(seed, 9), judgement(seed), judgement(seed, 4)):
+        for conversation in (
+            random_page_conversation(seed, 10, 0.8),
+            value_first_conversation(seed, 9),
+            verdict_conversation(seed),
+            verdict_conversation(seed, 4),
+        ):
             for turn in conversation.turns:
                 if turn.question not in taught_fields:  # "Give the date of birth, please." is no cell of a table
                     assert not any(pattern.fullmatch(turn.question) for pattern in patterns)
@@ -310,7 +351,11 @@ def test_exercises_keep_held_out_phrasings_and_layouts_out():
 def test_comparisons_of_random_values_are_right():
     verdicts = Counter()
     for seed in range(400):
-        for conversation in (exercise(seed, 10, share_of_look_ups=1.0), judgement(seed), judgement(seed, 4)):
+        for conversation in (
+            random_page_conversation(seed, 10, share_of_lookups=1.0),
+            verdict_conversation(seed),
+            verdict_conversation(seed, 4),
+        ):
             for turn in conversation.turns:
                 if turn.task == "compare":
                     values = given_values(conversation.documents, turn)
@@ -334,11 +379,11 @@ def true_verdict(question: str, values: list[str]) -> str:
 
 
 def test_values_that_are_given_carry_no_loss(encoder):
-    drill = judgement(1)
-    ids, labels = encoder.conversation(drill)
-    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE])
-    assert learned == f" {verdict_of(drill.turns[0].answer)}<|eot_id|>"
-    assert drill.turns[0].answer in encoder.tokenizer.decode(ids)
+    conversation = verdict_conversation(1)
+    ids, labels = encoder.conversation(conversation)
+    learned = encoder.tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert learned == f" {verdict_of(conversation.turns[0].answer)}<|eot_id|>"
+    assert conversation.turns[0].answer in encoder.tokenizer.decode(ids)
 
 
 def given_values(pages: list, turn) -> list[str]:
@@ -385,7 +430,9 @@ def test_the_tokenizer_gives_every_printed_character_one_token(encoder):
 
 
 def test_batches_pad_right_and_name_each_visual_token(encoder):
-    batch = encoder.batch([exercise(1, 3), read_out(2, "train", document(2)), text_only(3, "train", 1)])
+    batch = encoder.batch(
+        [random_page_conversation(1, 3), read_out(2, "train", document(2)), text_only(3, "train", 1)]
+    )
     assert batch.input_ids.shape == batch.labels.shape
     assert (batch.input_ids == encoder.image_token_id).sum() == sum(len(encoder.cells(page)) for page in batch.pages)
-    assert torch.equal(batch.labels[batch.labels != IGNORE], batch.input_ids[batch.labels != IGNORE])
+    assert torch.equal(batch.labels[batch.labels != IGNORE_INDEX], batch.input_ids[batch.labels != IGNORE_INDEX])

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from documents.generator import KINDS, ROWS_PER_PAGE
 from evaluation import quantized
 from evaluation.nano import (
     FURTHER_TASKS,
@@ -17,7 +18,6 @@ from evaluation.nano import (
     score,
     summarize,
 )
-from training.documents import KINDS, ROWS_PER_PAGE
 
 
 def questions(count: int) -> list:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.utils import logging
 
 from tools import ROOT
-from training.conversations import DrawnDocuments
+from training.drawn_documents import DrawnDocuments
 
 REMOTE = {"trust_remote_code": True}
 

@@ -23,8 +23,8 @@ from tools.chat import load
 from tools.quantize import quantize_model
 from tools.quantize import save as save_quantised
 from tools.tiny_checkpoint import make_tiny_checkpoint
-from training.batches import IGNORE
-from training.conversations import Collator, DrawnDocuments, JsonLines, lengths_of
+from training.conversations import IGNORE_INDEX, Collator, JsonLines, lengths_of
+from training.drawn_documents import DrawnDocuments
 from training.finetune import Recipe, finetune, read_recipe
 from training.trainer import LengthGroups
 
@@ -44,14 +44,14 @@ def processor(checkpoint):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Eight conversations of different lengths; the fourth has no picture."""
+    """Eight conversations of different lengths; the fourth has no image."""
     folder = tmp_path_factory.mktemp("data")
     Image.new("RGB", (70, 40), "white").save(folder / "page.png")
-    picture = {"type": "image", "image": "page.png"}
+    image = {"type": "image", "image": "page.png"}
     lines = []
     for number in range(8):
         text = {"type": "text", "text": f"Which page is it? {number}" + " Please." * (number % 3)}
-        question = [text] if number == 3 else [picture, text]
+        question = [text] if number == 3 else [image, text]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": f"Page {number}."}]
         lines.append(json.dumps({"messages": messages}))
     (folder / "train.jsonl").write_text("\n".join(lines))
@@ -107,18 +107,22 @@ def losses(output: Path) -> list[float]:
 def test_only_assistant_tokens_are_labels(processor, data):
     dataset = JsonLines(data)
     batch = Collator(processor, max_length=2048)([dataset[0], dataset[5]])
-    said = [processor.tokenizer.decode(row[row != IGNORE]) for row in batch["labels"]]
+    said = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert said == ["Page 0.<|eot_id|>", "Page 5.<|eot_id|>"]
-    assert torch.equal(batch["labels"][batch["labels"] != IGNORE], batch["input_ids"][batch["labels"] != IGNORE])
+    assert torch.equal(
+        batch["labels"][batch["labels"] != IGNORE_INDEX], batch["input_ids"][batch["labels"] != IGNORE_INDEX]
+    )
 
 
 def test_every_turn_of_the_assistant_carries_loss(processor):
     turns = [("user", "One?"), ("assistant", "Un."), ("user", "Two?"), ("assistant", "Deux.")]
     batch = Collator(processor, max_length=2048)([[{"role": role, "content": text} for role, text in turns]])
-    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != IGNORE]) == "Un.<|eot_id|>Deux.<|eot_id|>"
+    assert (
+        processor.tokenizer.decode(batch["labels"][batch["labels"] != IGNORE_INDEX]) == "Un.<|eot_id|>Deux.<|eot_id|>"
+    )
 
 
-def test_pictures_may_stand_in_a_list_beside_the_messages(data, tmp_path):
+def test_images_may_stand_in_a_list_beside_the_messages(data, tmp_path):
     shutil.copy(data.with_name("page.png"), tmp_path)
     question = [{"type": "image"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "A page."}]
@@ -136,7 +140,7 @@ def test_pictures_may_stand_in_a_list_beside_the_messages(data, tmp_path):
         ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "line 2: .*'video'"),
         (
             '{"images": ["a"], "messages": [{"role": "assistant", "content": "Hello."}]}',
-            "line 2: `images` names 1 more pictures",
+            "line 2: `images` names 1 more images",
         ),
         ("", "holds no conversation"),
     ],
@@ -148,10 +152,10 @@ def test_lines_that_cannot_be_trained_on_are_refused_with_their_number(tmp_path,
         JsonLines(path)
 
 
-def test_lengths_are_known_before_pictures_are_opened(processor, data):
+def test_lengths_are_known_before_images_are_opened(processor, data):
     dataset = JsonLines(data)
     exact = [Collator(processor, 2048)([dataset[index]])["input_ids"].shape[1] for index in range(len(dataset))]
-    estimated = lengths_of(dataset, processor, max_length=2048)
+    estimated = lengths_of(map(dataset.outline, range(len(dataset))), processor, max_length=2048)
     assert all(abs(guess - true) <= 4 for guess, true in zip(estimated, exact, strict=True))
 
 
@@ -159,16 +163,16 @@ def test_long_conversations_are_refused_with_both_numbers(processor, data):
     with pytest.raises(ValueError, match=r"\d+ tokens, more than max_length=5"):
         Collator(processor, max_length=5)([JsonLines(data)[0]])
     with pytest.raises(ValueError, match=r"Conversation 0 has about \d+ tokens, \d+ of them .* max_length=5"):
-        lengths_of(JsonLines(data), processor, max_length=5)
+        lengths_of([JsonLines(data).outline(0)], processor, max_length=5)
 
 
-def test_drawn_documents_are_conversations_with_pictures():
+def test_drawn_documents_are_conversations_with_images():
     dataset = DrawnDocuments(4)
     messages = dataset[1]
     assert messages[0]["role"] == "user" and messages[-1]["role"] == "assistant"
     assert dataset[1][-1] == messages[-1]
-    pictures = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
-    assert dataset.outline(1).picture_sizes == [picture.size[::-1] for picture in pictures]
+    images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+    assert dataset.outline(1).image_sizes == [image.size[::-1] for image in images]
     assert dataset.outline(1).num_messages == len(messages)
 
 
@@ -184,16 +188,16 @@ def test_a_step_holds_conversations_of_like_length_in_another_order_each_epoch()
     assert list(sampler) != first
 
 
-def test_a_batch_without_pictures_reaches_the_tower_and_keeps_its_loss(checkpoint, processor, data):
+def test_a_batch_without_images_reaches_the_tower_and_keeps_its_loss(checkpoint, processor, data):
     dataset = JsonLines(data)
     model, _ = load(checkpoint)
     found = []
-    for always_pictures in (False, True):
+    for always_images in (False, True):
         model.zero_grad()
-        loss = model(**Collator(processor, 2048, always_pictures)([dataset[3], dataset[3][:2]])).loss
+        loss = model(**Collator(processor, 2048, always_images)([dataset[3], dataset[3][:2]])).loss
         loss.backward()
         found.append((loss.item(), model.language_model.model.layers[0].mlp.up_proj.weight.grad.clone()))
-        assert all((parameter.grad is not None) == always_pictures for parameter in model.mlp1.parameters())
+        assert all((parameter.grad is not None) == always_images for parameter in model.mlp1.parameters())
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
     assert all(not parameter.grad.any() for parameter in model.mlp1.parameters())

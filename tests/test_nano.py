@@ -1,4 +1,4 @@
-"""Nano, the trained checkpoint: it loads by every door, reads the bundled receipt, and the tools show how."""
+"""Nano, the trained checkpoint: it loads by every Auto class, reads the bundled receipt, and the tools show how."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from nemotron_vl.image_processing import load_image
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+from pretraining.nano import TILING, build_model, load_tokenizer
+from pretraining.tokenizer import build_tokenizer
 from tools import ROOT, adopt, chat
 from tools.chat import Conversation, describe, draw_tiles, load
 from tools.demo import RECEIPT
-from training.nano import TILING, build_model, load_tokenizer
-from training.tokenizer import build_tokenizer
 
 MEGABYTE = 2**20
 

@@ -1,10 +1,12 @@
-"""The three stages of nano's training: they run, go on where they stopped, and write what they learned."""
+"""The three stages of nano's training run, resume, and write a checkpoint, as docs/nano.md says."""
 
 import argparse
 import functools
+import importlib
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 from itertools import pairwise
@@ -17,14 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.multiprocessing import spawn
 
-from training import distil, joint, perfect_cells, runs
-from training.batches import Encoder
-from training.curve import draw_curve, read_log
-from training.drawing import require_fonts
-from training.lessons import draw_drill
-from training.nano import load_tokenizer
-from training.questions import ABSENT, verdict_of
-from training.runs import Score, average, learn, load_weights, prepare_torch
+from documents.drawing import require_fonts
+from documents.questions import ABSENT, verdict_of
+from evaluation import nano as evaluation
+from pretraining import common, joint, language, vision
+from pretraining.batches import Encoder
+from pretraining.common import Score, average, gradient_step, load_weights, prepare_torch
+from pretraining.curve import draw_curve, read_log
+from pretraining.mixture import auxiliary_batch
+from pretraining.nano import load_tokenizer
+from tools import ROOT
+from tools.chat import load
 
 SMALL = ["--batch-size", "2", "--threads", "1"]
 
@@ -40,10 +45,10 @@ def state(output: Path) -> dict:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Exams of a few pages instead of sixty, and the number of threads and the handling of denormals given back."""
+    """Measure on few held-out pages; restore the number of threads and the handling of denormals afterwards."""
     num_threads = torch.get_num_threads()
     monkeypatch.setattr(joint, "measure", functools.partial(joint.measure, num_batches=1))
-    monkeypatch.setattr(distil, "measure", functools.partial(distil.measure, num_pages=2))
+    monkeypatch.setattr(vision, "measure", functools.partial(vision.measure, num_pages=2))
     yield monkeypatch
     torch.set_flush_denormal(False)
     torch.set_num_threads(num_threads)
@@ -64,27 +69,27 @@ def test_answers_are_counted_token_by_token_and_as_a_whole():
     assert score.shares == {"tokens": 0.8, "answers": 0.5}
 
 
-@pytest.mark.parametrize(("fall", "rates"), [("0", [1, 1, 1]), ("0.4", [1, 1, 0.02]), ("1", [1, 0.5, 0.02])])
-def test_the_rate_falls_over_the_share_that_was_asked_for(fall, rates):
-    arguments = runs.run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(
-        ["--output", "run", "--fall", fall]
+@pytest.mark.parametrize(("share", "rates"), [("0", [1, 1, 1]), ("0.4", [1, 1, 0.02]), ("1", [1, 0.5, 0.02])])
+def test_the_learning_rate_decays_over_the_last_share_of_the_minutes(share, rates):
+    arguments = common.run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(
+        ["--output", "run", "--lr-decay", share]
     )
-    optimizers = runs.build_optimizers(nn.Linear(2, 2), arguments)
+    optimizers = common.build_optimizers(nn.Linear(2, 2), arguments)
     for progress, rate in zip((0.0, 0.5, 1.0), rates, strict=True):
-        runs.set_progress(optimizers, progress, steps_since_start=100)
+        common.set_learning_rate(optimizers, progress, steps_since_start=100)
         assert optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_a_share_is_from_0_to_1(capsys):
     with pytest.raises(SystemExit):
-        runs.run_parser("", minutes=1).parse_args(["--output", "run", "--fall", "40"])
+        common.run_parser("", minutes=1).parse_args(["--output", "run", "--lr-decay", "40"])
     assert "40 is no share" in capsys.readouterr().err
 
 
-def test_pictures_need_eyes_and_a_reader(tmp_path, capsys, monkeypatch):
+def test_joint_training_needs_both_earlier_stages(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(joint, "--output", tmp_path, "--language", tmp_path, monkeypatch=monkeypatch)
-    assert "--language and --eyes" in capsys.readouterr().err
+    assert "--language and --vision" in capsys.readouterr().err
 
 
 def test_one_process_averages_nothing():
@@ -100,22 +105,22 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def test_a_part_of_a_larger_model_can_be_loaded(tmp_path):
-    both = nn.ModuleDict({"eye": nn.Linear(1, 1), "reader": nn.Linear(1, 1)})
+    both = nn.ModuleDict({"vision": nn.Linear(1, 1), "language": nn.Linear(1, 1)})
     save_file(both.state_dict(), tmp_path / "model.safetensors")
     alone = nn.Linear(1, 1)
-    load_weights(alone, tmp_path / "model.safetensors", "eye.")
-    assert torch.equal(alone.weight, both["eye"].weight)
-    with pytest.raises(ValueError, match=r"reader\.weight"):
+    load_weights(alone, tmp_path / "model.safetensors", "vision.")
+    assert torch.equal(alone.weight, both["vision"].weight)
+    with pytest.raises(ValueError, match=r"language\.weight"):
         load_weights(alone, tmp_path / "model.safetensors")
 
 
-def test_drills_cost_little_and_are_what_they_say():
-    arguments = argparse.Namespace(drills=12)
-    drills = [draw_drill(step, arguments) for step in range(60)]
+def test_auxiliary_batches_are_small_and_hold_their_task():
+    arguments = argparse.Namespace(auxiliary=12)
+    auxiliary_batches = [auxiliary_batch(step, arguments) for step in range(60)]
     counts = {"verdicts on words": 12, "verdicts on lists": 6, "verdicts on documents": 2}
     counts |= {"values before names": 4, "copying": 2}
-    assert {name: len(conversations) for name, conversations in drills} == counts
-    for name, conversations in drills:
+    assert {name: len(conversations) for name, conversations in auxiliary_batches} == counts
+    for name, conversations in auxiliary_batches:
         for conversation in conversations:
             if name == "values before names":
                 lines = [line.strip() for line in conversation.documents[0].lines if line]
@@ -127,7 +132,7 @@ def test_drills_cost_little_and_are_what_they_say():
             else:
                 assert all(turn.answer == f"{turn.given} {verdict_of(turn.answer)}" for turn in conversation.turns)
                 assert bool(conversation.documents) == (name != "verdicts on words")
-    assert drills[0] == draw_drill(0, arguments) != draw_drill(1, arguments)
+    assert auxiliary_batches[0] == auxiliary_batch(0, arguments) != auxiliary_batch(1, arguments)
 
 
 def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
@@ -146,7 +151,7 @@ def two_layers_after(steps: int, half: int | None = None) -> dict[str, torch.Ten
     inputs = torch.randn(4, 3)
     for _ in range(steps):
         halves = [model[0](inputs[:2]).square().mean(), model[1](model[0](inputs[2:])).square().mean()]
-        learn(model, sum(halves) / 2 if half is None else halves[half], [optimizer])
+        gradient_step(model, sum(halves) / 2 if half is None else halves[half], [optimizer])
     return model.state_dict()
 
 
@@ -163,37 +168,34 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
-    command = ["--output", tmp_path, *SMALL, "--exercises", 0.5, "--look-ups", 0.5, "--skip-blank-rows"]
-    command += ["--drills", 6]
-    run(perfect_cells, *command, "--minutes", 0.02, monkeypatch=quick)
+    command = ["--output", tmp_path, *SMALL, "--random-pages", 0.5, "--lookups", 0.5, "--skip-blank-rows"]
+    command += ["--auxiliary", 6]
+    run(language, *command, "--minutes", 0.02, monkeypatch=quick)
     before = state(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    run(perfect_cells, *command, "--minutes", before["minutes"] + 0.02, "--freeze-cells", monkeypatch=quick)
+    run(language, *command, "--minutes", before["minutes"] + 0.02, "--freeze-glyph-embedding", monkeypatch=quick)
     after = load_file(tmp_path / "model.safetensors")
     assert state(tmp_path)["step"] > before["step"] > 0
     assert weights.keys() == after.keys()
     frozen = {name for name in after if torch.equal(weights[name], after[name])}
-    assert frozen == {name for name in after if name.startswith("cells.")}
+    assert frozen == {name for name in after if name.startswith("glyph_embedding.")}
     embedding = next(name for name in after if "embed_tokens" in name)
     moved = (weights[embedding] != after[embedding]).any(1)
     glyphs = list(Encoder(load_tokenizer()).glyphs.values())
     assert not moved[glyphs].any()
     assert moved[load_tokenizer().convert_tokens_to_ids("<|eot_id|>")]
-    exam = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
-    assert exam["held out"] and 0 <= exam["answers"] <= exam["tokens"] <= 1
+    heldout = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    assert heldout["held out"] and 0 <= heldout["answers"] <= heldout["tokens"] <= 1
 
 
 @pytest.mark.slow
 def test_nano_goes_on_learning_and_is_written(tmp_path, quick, fonts):
-    from tools import ROOT
-
-    quick.setattr(joint, "HEADS_FILE", tmp_path / "heads.safetensors")
-    (tmp_path / "heads.safetensors").write_bytes((ROOT / "training" / "heads.safetensors").read_bytes())
-    command = ["--output", tmp_path / "run", *SMALL, "--cells", 0.5, "--noise", 0.1, "--freeze-eyes"]
+    heads = (ROOT / "pretraining" / "heads.safetensors").read_bytes()
+    command = ["--output", tmp_path / "run", *SMALL, "--glyph-ids", 0.5, "--noise", 0.1, "--freeze-vision"]
     run(joint, *command, "--start-from", ROOT / "nano", "--minutes", 0.05, "--long", 0, monkeypatch=quick)
-    first_exam = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert first_exam["step"] == 0
-    assert first_exam["tokens"] > 0.8  # it began with what nano knows
+    first_measured = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first_measured["step"] == 0
+    assert first_measured["tokens"] > 0.8  # it began with what nano knows
     run(joint, *command, "--export", tmp_path / "nano", monkeypatch=quick)
     before = load_file(ROOT / "nano" / "model.safetensors")
     after = load_file(tmp_path / "nano" / "model.safetensors")
@@ -202,20 +204,52 @@ def test_nano_goes_on_learning_and_is_written(tmp_path, quick, fonts):
     assert moved
     assert all(name.startswith("language_model.") for name in moved)
     assert len(load_tokenizer()) == after["language_model.model.embed_tokens.weight"].shape[0]
+    assert (ROOT / "pretraining" / "heads.safetensors").read_bytes() == heads  # those of nano stay
+    command[1] = tmp_path / "more"
+    run(joint, *command, "--start-from", tmp_path / "nano", "--minutes", 0.01, monkeypatch=quick)
+    assert state(tmp_path / "more")["step"] > 0
 
 
 @pytest.mark.slow
-def test_eyes_learn_what_the_language_model_wants_to_see(tmp_path, quick, fonts):
-    run(perfect_cells, "--output", tmp_path / "cells", *SMALL, "--minutes", 0.01, monkeypatch=quick)
-    command = ["--output", tmp_path / "eyes", *SMALL, "--language", tmp_path / "cells"]
-    run(distil, *command, "--minutes", 0.02, monkeypatch=quick)
-    exam = [json.loads(line) for line in (tmp_path / "eyes" / "log.jsonl").read_text().splitlines()][-1]
-    assert exam["held out"] and 0 <= exam["glyphs"] <= 1
-    command += ["--output", tmp_path / "more", "--start-from", tmp_path / "eyes"]
-    quick.setattr(distil, "learn", lambda model, loss, optimizers: None)  # what it begins with is what it saves
-    run(distil, *command, "--minutes", 0.01, monkeypatch=quick)
-    eyes, more = (load_file(tmp_path / name / "model.safetensors") for name in ("eyes", "more"))
-    assert eyes.keys() == more.keys() and all(torch.equal(eyes[name], more[name]) for name in eyes)
+def test_the_second_stage_imitates_the_first_and_can_be_continued(tmp_path, quick, fonts):
+    run(language, "--output", tmp_path / "language", *SMALL, "--minutes", 0.01, monkeypatch=quick)
+    command = ["--output", tmp_path / "vision", *SMALL, "--language", tmp_path / "language"]
+    run(vision, *command, "--minutes", 0.02, monkeypatch=quick)
+    heldout = [json.loads(line) for line in (tmp_path / "vision" / "log.jsonl").read_text().splitlines()][-1]
+    assert heldout["held out"] and 0 <= heldout["glyphs"] <= 1
+    command += ["--output", tmp_path / "more", "--start-from", tmp_path / "vision"]
+    quick.setattr(vision, "gradient_step", lambda model, loss, optimizers: None)  # saves the weights it starts with
+    run(vision, *command, "--minutes", 0.01, monkeypatch=quick)
+    first, more = (load_file(tmp_path / name / "model.safetensors") for name in ("vision", "more"))
+    assert first.keys() == more.keys() and all(torch.equal(first[name], more[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_manual_train_and_evaluate_nano(tmp_path, quick):
+    """Each command of docs/nano.md runs as it stands, in order, but for a moment and on small batches."""
+    text = (ROOT / "docs" / "nano.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert [command[:2] for command in commands] == [["python", "-m"]] * 10
+    (tmp_path / "nano").symlink_to(ROOT / "nano")
+    quick.chdir(tmp_path)
+    for stage in (vision, joint, evaluation):  # whether a command runs does not depend on the fonts
+        quick.setattr(stage, "require_fonts", lambda *split: None)
+    for _, _, module, *arguments in commands:
+        if "--minutes" in arguments:
+            arguments[arguments.index("--minutes") + 1] = "0.01"
+            arguments += ["--batch-size", "2"]
+        if "--documents" in arguments:
+            arguments[arguments.index("--documents") + 1] = "20"
+        if module != "tools.adopt":
+            arguments += ["--threads", "1"]
+        run(importlib.import_module(module), *arguments, monkeypatch=quick)
+    logs = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/log.jsonl"))
+    assert logs == ["documents", "joint", "joint-2", "more", "random-pages", "vision", "vision-2"]
+    assert all(state(tmp_path / "runs" / name)["step"] > 0 for name in logs)
+    assert len(json.loads((tmp_path / "runs" / "nano.json").read_text())["answers"]) == 22
+    model, _ = load(tmp_path / "runs" / "nano")
+    assert model.state_dict().keys() >= load_file(ROOT / "nano" / "model.safetensors").keys()
 
 
 def test_the_curve_of_several_runs_is_drawn(tmp_path):
@@ -226,5 +260,5 @@ def test_the_curve_of_several_runs_is_drawn(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert [entry["minutes"] for entry in read_log(tmp_path / "1-first.jsonl")] == [1.5, 1.5]
     draw_curve(sorted(tmp_path.glob("*.jsonl")), tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.width > 500
+    with Image.open(tmp_path / "curve.png") as image:
+        assert image.width > 500

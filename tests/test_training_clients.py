@@ -25,8 +25,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from tests import two_processes
 from tests.processes import run
-from training.batches import IGNORE
-from training.conversations import Collator
+from training.conversations import IGNORE_INDEX, Collator
 
 TEXT_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 TOWER_LINEAR = {"embedder", "qkv", "proj", "fc1", "fc2"}
@@ -223,7 +222,7 @@ def test_sft_trainer_trains_on_the_answers(tiny_checkpoint, processor, tmp_path,
     assert type(trainer.processing_class).__name__ == "NemotronVLProcessor"
     loss = trainer.train().training_loss
     inputs = trainer.data_collator([dict(row) for row in trainer.train_dataset])
-    said = [processor.tokenizer.decode(row[row != IGNORE]) for row in inputs["labels"]]
+    said = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in inputs["labels"]]
     assert said == [f"Red {number}<|eot_id|>" for number in range(4)]
     model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
     assert loss == pytest.approx(float(model(**inputs).loss), abs=1e-4)

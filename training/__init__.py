@@ -1,3 +1,3 @@
-"""Nano's documents and its training road; importing it makes the root importable as `nemotron_vl`."""
+"""Fine-tuning of any checkpoint of the family; importing it makes the root importable as `nemotron_vl`."""
 
 from tools import ROOT as ROOT

@@ -8,7 +8,7 @@
         -m training.finetune training/recipes/stage-2-instruction.yaml
 
 A recipe is a flat YAML file; its keys are the fields of `Recipe`, and everything under `trainer` goes to transformers'
-`TrainingArguments`. A run that was stopped, however, goes on from its last checkpoint when the command is given again.
+`TrainingArguments`. An interrupted run resumes from its last checkpoint when the command is repeated.
 The result in `output` loads through AutoModel; `loss.csv` lies beside it, `loss.png` if matplotlib is installed, and
 logs for TensorBoard if that is. Adapters are merged into the result and also kept in `output/adapter`.
 """
@@ -27,13 +27,14 @@ from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from tools.chat import load
-from training.conversations import Collator, DrawnDocuments, JsonLines, lengths_of
+from training.conversations import Collator, JsonLines, lengths_of
+from training.drawn_documents import DrawnDocuments
 from training.trainer import PARTS, LossLog, PartsTrainer, last_whole_checkpoint, part_of
 
 
 @dataclass
 class Recipe:
-    """What to train on what.
+    """The settings of a training run.
 
     Attributes:
         model: checkpoint directory, plain or quantised.
@@ -43,12 +44,12 @@ class Recipe:
         train: the parts that learn, of "tower", "projector" and "language".
         learning_rates: by part; parts left out use the trainer's.
         lora: arguments of `peft.LoraConfig`; empty for full fine-tuning.
-        dtype: of the weights in training; float32 keeps small updates, `trainer.bf16` computes in bfloat16 all the
-            same. The result has the dtype of `model`.
+        dtype: of the weights in training. float32 keeps small updates, also with `trainer.bf16`, which computes in
+            bfloat16. The result has the dtype of `model`.
         quantize: "nf4" keeps the frozen weights of the language model in 4 bits (bitsandbytes); needs `lora`.
         max_length: tokens of the longest conversation.
-        max_num_tiles: tiles per picture; None leaves the checkpoint's.
-        group_by_length: put conversations of like length into a step.
+        max_num_tiles: tiles per image; None leaves the checkpoint's.
+        group_by_length: put conversations of similar length into a step.
         max_shard_size: of the result's files.
         trainer: arguments of `TrainingArguments`.
     """
@@ -97,7 +98,7 @@ def read_recipe(path: Path, changes: list[str]) -> Recipe:
 
 
 def load_for_training(recipe: Recipe) -> tuple[nn.Module, Any]:
-    """Return the model, frozen where it does not learn or with adapters where it does, and its processor."""
+    """Return the model, with frozen parts or adapters as the recipe says, and its processor."""
     options: dict[str, Any] = {"dtype": getattr(torch, recipe.dtype)}
     if recipe.quantize:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -125,7 +126,7 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def claim(output: Path, recipe: Recipe) -> None:
-    """Note the recipe in `output`, for whoever goes on or wonders.
+    """Write the recipe into `output`, so that the run can be resumed and understood.
 
     Raises:
         ValueError: if a run by another recipe lies there.
@@ -150,22 +151,24 @@ def finetune(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     claim(output, recipe)
     options: dict[str, Any] = {"report_to": ["tensorboard"] if is_tensorboard_available() else []}
-    if recipe.trainer.get("gradient_checkpointing"):  # the other kind leaves out what has frozen inputs
+    if recipe.trainer.get("gradient_checkpointing"):  # reentrant checkpointing skips blocks with frozen inputs
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"), remove_unused_columns=False, **{**options, **recipe.trainer}
     )
-    set_seed(arguments.seed)  # adapters begin at random, and in every process alike
+    set_seed(arguments.seed)  # all processes initialise the adapters alike
     model, processor = load_for_training(recipe)
     is_drawn = recipe.data == "documents"
     dataset = DrawnDocuments(recipe.num_documents) if is_drawn else JsonLines(Path(recipe.data))
-    lengths = lengths_of(dataset, processor, recipe.max_length)
-    has_pictures = any(dataset.outline(index).picture_sizes for index in range(len(dataset)))
+    outlines = [dataset.outline(index) for index in range(len(dataset))]
+    lengths = lengths_of(outlines, processor, recipe.max_length)
     trainer = PartsTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor, recipe.max_length, always_pictures=has_pictures),
+        data_collator=Collator(
+            processor, recipe.max_length, always_images=any(outline.image_sizes for outline in outlines)
+        ),
         callbacks=[LossLog(output)],
         learning_rates=recipe.learning_rates,
         lengths=lengths if recipe.group_by_length else None,
@@ -183,7 +186,7 @@ def finetune(recipe: Recipe) -> Path:
 
 
 def save_result(recipe: Recipe, state: dict[str, torch.Tensor], processor: Any) -> None:
-    """Put what was learned into the checkpoint that training began with, and write it to `output`."""
+    """Put the trained weights into the checkpoint that training began with, and write it to `output`."""
     model, _ = load(Path(recipe.model), dequantize=True)
     if recipe.lora:
         from peft import PeftModel

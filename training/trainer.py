@@ -1,6 +1,6 @@
-"""transformers' Trainer with learning rates by part, batches of like length, and a log of the loss.
+"""transformers' Trainer with learning rates by part, batches of similar length, and a log of the loss.
 
-Everything that decides a run's result is a function of its seed and step, so that an interrupted run goes on exactly.
+A run's result depends on its seed and step alone, so that an interrupted run resumes exactly.
 """
 
 import csv
@@ -16,17 +16,17 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 PARTS = {"tower": "vision_model.", "projector": "mlp1.", "language": "language_model."}
-# Batches are made of neighbours in length within so many batches' worth of shuffled conversations.
+# Conversations are shuffled, cut into pools of this many steps, and sorted by length within a pool.
 BATCHES_PER_POOL = 50
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a weight belongs to, whatever wraps the model."""
+    """Return the part of the model that a weight belongs to, with any prefix of wrappers before its name."""
     return next(part for part, prefix in PARTS.items() if prefix in name)
 
 
 class LengthGroups(Sampler[int]):
-    """Another order in every epoch, in which the conversations of a step are of like length.
+    """A new order in every epoch, in which the conversations of a step are of similar length.
 
     Args:
         lengths: of the conversations.
@@ -60,7 +60,7 @@ class LengthGroups(Sampler[int]):
 
 
 class PartsTrainer(Trainer):
-    """transformers' Trainer with learning rates by part and batches of like length.
+    """transformers' Trainer with learning rates by part and batches of similar length.
 
     Args:
         learning_rates: by part of `PARTS`; others have the arguments' `learning_rate`.
@@ -106,7 +106,7 @@ class PartsTrainer(Trainer):
 
 
 class EpochOf(TrainerCallback):
-    """Tells a sampler the epoch."""
+    """Sets the epoch of a sampler."""
 
     def __init__(self, sampler: LengthGroups):
         self.sampler = sampler
@@ -116,9 +116,9 @@ class EpochOf(TrainerCallback):
 
 
 class LossLog(TrainerCallback):
-    """Writes `loss.csv` as training goes on, and with matplotlib a picture of it at the end.
+    """Writes `loss.csv` during training and, with matplotlib, the plot `loss.png` at the end.
 
-    The file is written anew from the trainer's state each time: after a resumption no step stands in it twice.
+    The file is rewritten from the trainer's state each time, so that after a resumption no step is in it twice.
     """
 
     def __init__(self, directory: Path):
@@ -153,7 +153,7 @@ def draw_loss(points: list[tuple[int, float]], path: Path) -> None:
 
 
 def last_whole_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint whose writing was finished; a run killed while it wrote leaves one that was not."""
+    """Return the newest complete checkpoint; a run that was killed while saving leaves an incomplete one."""
     numbered = {path: path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*")}
     for path in sorted((path for path in numbered if numbered[path].isdigit()), key=lambda p: -int(numbered[p])):
         try:

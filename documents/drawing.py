@@ -1,9 +1,9 @@
-"""Draw a document as a picture: fonts, inks, papers, and what scanners and cameras do to them.
+"""Draws a document as an image: fonts, inks, papers, and the marks that scanners and cameras leave.
 
-    python -m training.drawing docs/images/documents.jpg      # a contact sheet of held-out and training documents
+    python -m documents.drawing docs/images/documents.jpg      # a contact sheet of training and held-out documents
 
-Fonts come from permissively licensed packages (see `FONTS`). They are set at a fixed pitch, one character a cell, as
-receipt printers and typewriters do; everything else varies with the seed.
+The fonts come from permissively licensed packages: `pip install ".[nano]"` installs them all. Characters are set at a
+fixed pitch, one in a cell, as receipt printers and typewriters set them; everything else varies with the seed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from training.documents import COLUMNS, KINDS, Document, document
+from documents.generator import COLUMNS, KINDS, Document, document
 
 # (package that carries it, path within, licence)
 FONTS = {
@@ -44,7 +44,8 @@ FONTS = {
         ("font_source_serif_pro", "files/SourceSerifPro-Bold.ttf", "OFL 1.1"),
         ("font_caladea", "files/Caladea-Regular.ttf", "Apache 2.0"),
     ),
-    "training only": (  # came later; evaluation keeps its pictures, and calls a font seen when it is in "train"
+    # These were added later: "heldout" images do not use them, so that the evaluation's images stay what they are.
+    "training only": (
         ("ttf_opensans", "ttf/OpenSans-Regular.ttf", "Apache 2.0"),
         ("ttf_opensans", "ttf/OpenSans-SemiBold.ttf", "Apache 2.0"),
         ("ttf_opensans", "ttf/OpenSans-Italic.ttf", "Apache 2.0"),
@@ -64,7 +65,24 @@ PAPERS = ((255, 255, 255), (250, 250, 245), (252, 246, 228), (236, 242, 248), (2
 
 @dataclass
 class Style:
-    """How one picture looks; drawn from a seed, so that the same seed gives the same pixels."""
+    """How one image looks; a seed always gives the same style.
+
+    Attributes:
+        font: of `FONTS`.
+        cell_width: pixels of a character's cell.
+        cell_height: likewise.
+        size: of the font, as a share of `cell_height`.
+        ink: RGB, 0 to 255.
+        paper: likewise.
+        shift: (right, down) of the print, in pixels.
+        degrees: of rotation.
+        blur: radius in pixels.
+        noise: standard deviation, in units of 0..255.
+        shade: strength of uneven light, 0 for none.
+        jpeg_quality: 0 for no compression.
+        weight: of strokes; 1 is a pixel wider on each side, -1 a pixel narrower.
+        stretch: of the characters' width.
+    """
 
     font: tuple[str, str, str]
     cell_width: int
@@ -78,17 +96,17 @@ class Style:
     noise: float
     shade: float
     jpeg_quality: int
-    weight: float = 0.0  # of strokes: 1 is a pixel wider on each side, -1 a pixel narrower
-    stretch: float = 1.0  # width of characters, of what the font has
+    weight: float = 0.0
+    stretch: float = 1.0
 
 
-def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style:
+def random_style(seed: int, split: str = "train", degradation: float = 1.0) -> Style:
     """Return the style of a seed.
 
     Args:
         seed: any integer.
-        split: "heldout" uses fonts that training never sees (half of the time) beside those that it does.
-        trouble: 0 for clean prints on the exact grid, 1 for all that may happen to paper.
+        split: "train", or "heldout", which uses fonts that are not in training for half of its images.
+        degradation: 0 for clean prints on the exact grid, 1 for the full range of skew, blur, noise and compression.
     """
     rng = random.Random(f"style {split} {seed}")
     fonts = FONTS["heldout"] if split == "heldout" and rng.random() < 0.5 else FONTS["train"]
@@ -102,21 +120,21 @@ def random_style(seed: int, split: str = "train", trouble: float = 1.0) -> Style
         size=rng.uniform(0.72, 0.9),
         ink=rng.choice(INKS),
         paper=rng.choice(PAPERS),
-        shift=(round(rng.uniform(-3, 3) * trouble), round(rng.uniform(-3, 3) * trouble)),
-        degrees=rng.choice((0.0, rng.uniform(-0.7, 0.7))) * trouble,
-        blur=rng.choice((0.0, 0.0, rng.uniform(0.3, 0.9))) * trouble,
-        noise=rng.choice((0.0, rng.uniform(2, 14))) * trouble,
-        shade=rng.choice((0.0, rng.uniform(0.0, 0.2))) * trouble,
-        jpeg_quality=rng.choice((0, rng.randint(45, 95))) if trouble else 0,
-        # What stands in for all the fonts that training does not have.
-        weight=rng.choice((0.0, rng.uniform(-0.5, 0.6))) * trouble if split == "train" else 0.0,
-        stretch=rng.choice((0.85, 0.92, 1.0, 1.0, 1.08, 1.15)) if split == "train" and trouble else 1.0,
+        shift=(round(rng.uniform(-3, 3) * degradation), round(rng.uniform(-3, 3) * degradation)),
+        degrees=rng.choice((0.0, rng.uniform(-0.7, 0.7))) * degradation,
+        blur=rng.choice((0.0, 0.0, rng.uniform(0.3, 0.9))) * degradation,
+        noise=rng.choice((0.0, rng.uniform(2, 14))) * degradation,
+        shade=rng.choice((0.0, rng.uniform(0.0, 0.2))) * degradation,
+        jpeg_quality=rng.choice((0, rng.randint(45, 95))) if degradation else 0,
+        # Varied strokes and widths stand in for fonts that training does not have.
+        weight=rng.choice((0.0, rng.uniform(-0.5, 0.6))) * degradation if split == "train" else 0.0,
+        stretch=rng.choice((0.85, 0.92, 1.0, 1.0, 1.08, 1.15)) if split == "train" and degradation else 1.0,
     )
 
 
 @lru_cache
 def font_path(font: tuple[str, str, str]) -> str | None:
-    """The file of a font, None when its package is not installed."""
+    """Return the file of a font, or None if its package is not installed."""
     package, path, _ = font
     spec = importlib.util.find_spec(package) if package else None
     if spec is None:
@@ -126,7 +144,7 @@ def font_path(font: tuple[str, str, str]) -> str | None:
 
 
 def require_fonts(split: str = "train") -> None:
-    """Check that the packages of all fonts of a split are there, for work whose numbers depend on them.
+    """Check that the fonts of a split are installed, for work whose numbers depend on them.
 
     Raises:
         ImportError: with the command that installs what is missing.
@@ -134,15 +152,16 @@ def require_fonts(split: str = "train") -> None:
     drawn = [font for name, fonts in FONTS.items() if name != "training only" or split == "train" for font in fonts]
     missing = sorted({font[0] for font in drawn if not font_path(font)})
     if missing:
+        packages = " ".join(package.replace("_", "-") for package in missing)
         raise ImportError(
-            f"Fonts are missing: pip install {' '.join(package.replace('_', '-') for package in missing)}. Without them "
-            "documents are drawn in Pillow's own font, which is enough for tests only."
+            f"Fonts are missing: pip install {packages}. Without them documents are drawn in Pillow's own font, which "
+            "is enough for tests only."
         )
 
 
 @lru_cache(maxsize=64)
 def load_font(font: tuple[str, str, str], size: int) -> ImageFont.FreeTypeFont:
-    """The font at a size in pixels; Pillow's own when its package is missing."""
+    """Return the font at a size in pixels, or Pillow's own if the font's package is missing."""
     path = font_path(font) if font[0] else None
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
@@ -151,7 +170,7 @@ def load_font(font: tuple[str, str, str], size: int) -> ImageFont.FreeTypeFont:
 def glyph(
     font: tuple[str, str, str], size: int, character: str, cell_width: int, cell_height: int, stretch: float = 1.0
 ) -> np.ndarray:
-    """Ink of one character in its cell, `(cell_height, cell_width)`, 0 to 255; too wide ones are narrowed."""
+    """Return the ink of one character, `(cell_height, cell_width)`, 0 to 255; too wide a character is narrowed."""
     loaded = load_font(font, size)
     ascent, descent = loaded.getmetrics()
     width = max(1, round(loaded.getlength(character)))
@@ -162,27 +181,27 @@ def glyph(
 
 
 def draw(page: Document, style: Style, seed: int = 0) -> Image.Image:
-    """Return the picture of a document: `cell_width` * 16 by `cell_height` * rows pixels, RGB.
+    """Return the image of a document: `cell_width` * 16 by `cell_height` * rows pixels, RGB.
 
     Args:
-        page: what to print.
-        style: how.
+        page: the document to print.
+        style: fonts, colours and degradation.
         seed: of the noise.
     """
     ink = _print_characters(page, style)
     _draw_lines(page, style, ink)
-    picture = Image.composite(Image.new("RGB", ink.size, style.ink), Image.new("RGB", ink.size, style.paper), ink)
+    image = Image.composite(Image.new("RGB", ink.size, style.ink), Image.new("RGB", ink.size, style.paper), ink)
     if style.degrees:
-        picture = picture.rotate(style.degrees, Image.Resampling.BILINEAR, fillcolor=style.paper)
+        image = image.rotate(style.degrees, Image.Resampling.BILINEAR, fillcolor=style.paper)
     if style.blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(style.blur))
+        image = image.filter(ImageFilter.GaussianBlur(style.blur))
     if style.noise or style.shade:
-        picture = _spoil(picture, style, seed)
+        image = _add_noise_and_shade(image, style, seed)
     if style.jpeg_quality:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=style.jpeg_quality)
-        picture = Image.open(buffer).convert("RGB")
-    return picture
+        image.save(buffer, "JPEG", quality=style.jpeg_quality)
+        image = Image.open(buffer).convert("RGB")
+    return image
 
 
 def _print_characters(page: Document, style: Style) -> Image.Image:
@@ -202,7 +221,7 @@ def _print_characters(page: Document, style: Style) -> Image.Image:
 
 
 def _draw_lines(page: Document, style: Style, ink: Image.Image) -> None:
-    """Rules, bars and the line of a chart, in the cells' own units."""
+    """Draw rules, bars and the line of a chart; their places are given in cells."""
     canvas = ImageDraw.Draw(ink)
     width, height = style.cell_width, style.cell_height
     for row in page.rules:
@@ -216,10 +235,10 @@ def _draw_lines(page: Document, style: Style, ink: Image.Image) -> None:
         canvas.ellipse((left - 3, top - 3, left + 3, top + 3), fill=200)
 
 
-def _spoil(picture: Image.Image, style: Style, seed: int) -> Image.Image:
-    """Add sensor noise and light that falls off to one side."""
+def _add_noise_and_shade(image: Image.Image, style: Style, seed: int) -> Image.Image:
+    """Add sensor noise and uneven light."""
     rng = np.random.default_rng(seed)
-    pixels = np.asarray(picture, np.float32)
+    pixels = np.asarray(image, np.float32)
     height, width, _ = pixels.shape
     if style.shade:
         slope = np.linspace(-1, 1, width, dtype=np.float32) * rng.uniform(-1, 1)
@@ -231,23 +250,23 @@ def _spoil(picture: Image.Image, style: Style, seed: int) -> Image.Image:
 
 
 def contact_sheet(num_columns: int = 7, num_rows: int = 3) -> Image.Image:
-    """One column for each kind of document, held-out ones in the last row."""
+    """Draw one column for each kind of document, with held-out ones in the last row."""
     width, height, gap = 200, 254, 8
     sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (120, 124, 130))
     for column, kind in enumerate(KINDS):
         for row in range(num_rows):
             split = "heldout" if row == num_rows - 1 else "train"
             seed = 100 * column + row
-            picture = draw(document(seed, split, kind), random_style(seed, split), seed)
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+            image = draw(document(seed, split, kind), random_style(seed, split), seed)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
     return sheet
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
-    path = parser.parse_args().picture
+    parser.add_argument("image", type=Path)
+    path = parser.parse_args().image
     require_fonts()
     path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet().save(path, quality=80)

@@ -1,10 +1,10 @@
-"""Build nano's tokenizer: one token per character, and one per word of the questions.
+"""Builds nano's tokenizer: one token per character, and one per word of the questions.
 
-    python -m training.tokenizer nano
+    python -m pretraining.tokenizer nano
 
 A byte-level BPE in Llama 3's format. Characters are single tokens, so that a printed value is copied glyph by glyph;
-the lower-case words of questions are kept whole (`ignore_merges`), which keeps prompts short. There are no merges:
-a word that is not whole falls into bytes. Special tokens are Llama 3's, with the image tokens of the published model.
+the words of questions are kept whole (`ignore_merges`), which keeps prompts short. There are no merges: any other word
+falls into bytes. Special tokens are Llama 3's, with the image tokens of the published model.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from documents.questions import instruction_texts
+from pretraining import ROOT
 from tools.tiny_checkpoint import IMAGE_TOKENS, LLAMA_TOKENS
-from training import ROOT
-from training.questions import instruction_texts
 
 SPECIAL_TOKENS = (*LLAMA_TOKENS, *IMAGE_TOKENS)
 MARKUP = ("<table>", "</table>", "<tr>", "</tr>", "<td>", "</td>", "<th>", "</th>")
@@ -28,14 +28,14 @@ CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def build_vocabulary() -> dict[str, int]:
-    """Return piece -> id in byte-level spelling: 256 bytes, whole words, markup."""
+    """Return byte-level piece -> id: 256 bytes, whole words, markup."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spell = lambda text: byte_level.pre_tokenize_str(text)[0][0]  # noqa: E731
+    to_byte_level = lambda text: byte_level.pre_tokenize_str(text)[0][0]  # noqa: E731
     words: set[str] = set()
     for text in instruction_texts():
         words.update(word for word in re.findall(r" ?[A-Za-z]+", text) if len(word.strip()) > 1)
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [spell(piece) for piece in WHOLE + MARKUP]
-    pieces += [spell(word) for word in sorted(words)]
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [to_byte_level(piece) for piece in WHOLE + MARKUP]
+    pieces += [to_byte_level(word) for word in sorted(words)]
     return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
 
@@ -69,7 +69,7 @@ def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 5.x writes the name of its own backend
-    for name in ("extra_special_tokens", "is_local", "local_files_only"):  # the last two say where it was made
+    for name in ("extra_special_tokens", "is_local", "local_files_only"):  # the last two depend on where it was built
         config.pop(name, None)
     config["additional_special_tokens"] = list(SPECIAL_TOKENS[7:])
     config.pop("chat_template", None)  # it is chat_template.jinja

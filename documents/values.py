@@ -1,7 +1,7 @@
-"""Values for drawn documents: names, streets, dates, amounts. Every value belongs to one split for good.
+"""Values for drawn documents: names, streets, dates, amounts.
 
-A value is "heldout" when its checksum says so (one in five) and "train" otherwise, so evaluation never asks for a
-name, date or amount that training has printed, whatever the seeds are.
+The checksum of a value decides its split, "heldout" for one in five and "train" for the others. Therefore the
+evaluation never has a name, date or amount that training has printed, whatever the seeds are.
 """
 
 import random
@@ -12,7 +12,7 @@ SPLITS = ("train", "heldout")
 
 
 def words(text: str, separator: str | None = None) -> tuple[str, ...]:
-    """The words of a text, so that long lists stay readable."""
+    """Split a text into words; long lists are easier to read this way."""
     return tuple(text.split(separator))
 
 

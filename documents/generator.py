@@ -1,16 +1,16 @@
-"""An endless, seeded stream of made-up documents with exact ground truth.
+"""Makes up documents from seeds, with exact ground truth.
 
-A document is a grid of characters, 16 columns wide as on a narrow receipt printer, with its fields known by name:
-receipts, invoices, forms, tables, letters, bar and line charts. `training.drawing` turns it into a picture,
-`training.questions` into questions and answers. A seed always gives the same document; the splits "train" and
-"heldout" share no values, and the last layout of each kind is only ever drawn for "heldout".
+A document is a grid of characters, 16 columns wide as on a narrow receipt printer, whose fields are known by name:
+receipts, invoices, forms, tables, letters, bar and line charts. `documents.drawing` turns it into an image,
+`documents.questions` into questions and answers. A seed always gives the same document. The splits "train" and
+"heldout" share no values, and only "heldout" uses the last layout of each kind.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from training.words import Values, split_of
+from documents.values import Values, split_of
 
 COLUMNS = 16
 ROWS_PER_PAGE = 16
@@ -27,9 +27,9 @@ class Document:
 
     Attributes:
         kind: "receipt", "invoice", "form", "table", "letter", "bar chart" or "line chart".
-        layout: index of the arrangement (`NUM_LAYOUTS - 1` never occurs in training), whose blocks training may shuffle.
+        layout: index of the arrangement; training may shuffle its blocks and never uses `NUM_LAYOUTS - 1`.
         lines: the printed rows, at most `COLUMNS` characters each; a multiple of `ROWS_PER_PAGE` of them.
-        fields: what can be asked, by name; each value is printed exactly so.
+        fields: values that questions can be about, by name; each is printed exactly so.
         prices: price (or chart value, or table cell) of each thing named in the document.
         table: header and body rows for documents that are tables.
         rules: rows on which a thin line is drawn; they hold no characters.
@@ -65,8 +65,8 @@ class Draft:
         self.currency = rng.choice(CURRENCIES)
         self.comma = rng.random() < 0.15
 
-    def say(self, name: str, value: str) -> str:
-        """Note the field `name` and return `value` for printing."""
+    def add_field(self, name: str, value: str) -> str:
+        """Keep `value` as the field `name` and return it for printing."""
         self.fields[name] = value
         return value
 
@@ -105,7 +105,7 @@ class Draft:
 def in_order(draft: Draft, orders: tuple[list[list[str]], ...], layout: int) -> list[list[str]]:
     """The blocks that have lines, in the order of the layout.
 
-    In training two in five pages have their blocks shuffled, since three orders would be known by heart. A shuffled
+    In training two in five pages have their blocks shuffled, because a model memorises three fixed orders. A shuffled
     page has neither the first nor the second block of the held-out order (the last of `orders`) in its place.
     """
     order, held_out = ([block for block in orders[index] if block] for index in (layout, NUM_LAYOUTS - 1))
@@ -138,21 +138,21 @@ def arrange(
 
 
 def receipt(draft: Draft, layout: int, rows: int) -> Document:
-    """Header, date and number, priced items, sums; the layouts differ in the order of these blocks."""
+    """Make a receipt: header, date and number, priced items, sums; the layouts differ in the order of these blocks."""
     values = draft.values
-    header = [draft.say("supplier", values.company().upper() if draft.capitals else values.company())]
+    header = [draft.add_field("supplier", values.company().upper() if draft.capitals else values.company())]
     if draft.maybe():
-        header.append(draft.say("address", values.address()))
+        header.append(draft.add_field("address", values.address()))
     if draft.maybe(0.5):
-        phone = draft.say("phone number", values.phone())
+        phone = draft.add_field("phone number", values.phone())
         header.append(phone if len(phone) > 11 or draft.maybe(0.5) else f"Tel {phone}")
     meta: list[str] = []
     if draft.maybe(0.4):
-        meta += draft.pair(draft.label("Receipt", "No", "Ticket"), draft.say("receipt number", values.code()))
+        meta += draft.pair(draft.label("Receipt", "No", "Ticket"), draft.add_field("receipt number", values.code()))
     if draft.maybe(0.8):
-        date = draft.say("date", values.date())
+        date = draft.add_field("date", values.date())
         if len(date) == 10 and draft.maybe(0.5):
-            meta.append(f"{date} {draft.say('time', values.time())}")
+            meta.append(f"{date} {draft.add_field('time', values.time())}")
         else:
             meta += draft.pair(draft.label("Date", "On"), date) if draft.maybe(0.5) else [date]
     bought = draft.items(draft.rng.randint(2, 4) if rows == ROWS_PER_PAGE else draft.rng.randint(5, 12))
@@ -161,13 +161,13 @@ def receipt(draft: Draft, layout: int, rows: int) -> Document:
     if draft.maybe(0.5):
         tax = values.cents(999)
         if draft.maybe(0.5):
-            sums += draft.pair(draft.label("Subtotal", "Net"), draft.say("subtotal", draft.money(total)))
-        sums += draft.pair(draft.label("Tax", "VAT"), draft.say("tax", draft.money(tax)))
+            sums += draft.pair(draft.label("Subtotal", "Net"), draft.add_field("subtotal", draft.money(total)))
+        sums += draft.pair(draft.label("Tax", "VAT"), draft.add_field("tax", draft.money(tax)))
         total += tax
-    sums += draft.pair(draft.label("Total", "To pay", "Sum"), draft.say("total", draft.money(total, True)))
+    sums += draft.pair(draft.label("Total", "To pay", "Sum"), draft.add_field("total", draft.money(total, True)))
     footer: list[str] = []
     if draft.maybe(0.5):
-        footer += draft.pair(draft.label("Paid by", "Payment"), draft.say("payment", draft.rng.choice(PAYMENTS)))
+        footer += draft.pair(draft.label("Paid by", "Payment"), draft.add_field("payment", draft.rng.choice(PAYMENTS)))
     if draft.maybe(0.3):
         footer.append(draft.rng.choice(("Thank you!", "Come again", "Goodbye")))
     orders = (
@@ -180,22 +180,26 @@ def receipt(draft: Draft, layout: int, rows: int) -> Document:
 
 
 def invoice(draft: Draft, layout: int, rows: int) -> Document:
-    """Number, parties, dates, items and what is due."""
+    """Make an invoice: number, parties, dates, items and the amount due."""
     values = draft.values
-    head = [draft.label("Invoice") + " " + draft.say("invoice number", values.code(draft.rng.choice(("", "A", "R-"))))]
-    parties = [draft.label("From", "Seller") + ":", draft.say("supplier", values.company())]
-    parties += [draft.label("To", "Bill to") + ":", draft.say("customer", values.person())]
-    dates = draft.pair(draft.label("Date", "Issued"), draft.say("date", values.date()))
+    head = [
+        draft.label("Invoice")
+        + " "
+        + draft.add_field("invoice number", values.code(draft.rng.choice(("", "A", "R-"))))
+    ]
+    parties = [draft.label("From", "Seller") + ":", draft.add_field("supplier", values.company())]
+    parties += [draft.label("To", "Bill to") + ":", draft.add_field("customer", values.person())]
+    dates = draft.pair(draft.label("Date", "Issued"), draft.add_field("date", values.date()))
     if draft.maybe(0.6):
-        dates += draft.pair(draft.label("Due", "Pay by"), draft.say("due date", values.date()))
+        dates += draft.pair(draft.label("Due", "Pay by"), draft.add_field("due date", values.date()))
     bought = draft.items(draft.rng.randint(1, 3) if rows == ROWS_PER_PAGE else draft.rng.randint(4, 9))
     total = draft.sum_of_items
     sums: list[str] = []
     if draft.maybe(0.5):
         tax = values.cents(999)
-        sums += draft.pair(draft.label("VAT", "Tax"), draft.say("tax", draft.money(tax)))
+        sums += draft.pair(draft.label("VAT", "Tax"), draft.add_field("tax", draft.money(tax)))
         total += tax
-    sums += draft.pair(draft.label("Total", "Amount"), draft.say("total", draft.money(total, True)))
+    sums += draft.pair(draft.label("Total", "Amount"), draft.add_field("total", draft.money(total, True)))
     orders = (
         [head, parties, dates, bought, sums],
         [parties, head, dates, bought, sums],
@@ -206,7 +210,7 @@ def invoice(draft: Draft, layout: int, rows: int) -> Document:
 
 
 def form(draft: Draft, layout: int, rows: int) -> Document:
-    """A title and fields; label and value on one line, or the value below, or a colon between them."""
+    """Make a form; label and value stand on one line, with or without a colon, or on two lines."""
     values = draft.values
     title = draft.rng.choice(("Application", "Registration", "Order form", "Member card", "Visitor pass"))
     known: list[tuple[str, str, Callable[[], str]]] = [
@@ -222,7 +226,7 @@ def form(draft: Draft, layout: int, rows: int) -> Document:
     chosen = draft.rng.sample(known, draft.rng.randint(4, 6))
     lines: list[str] = []
     for name, label, make in chosen:
-        value, label = draft.say(name, make()), draft.label(label)
+        value, label = draft.add_field(name, make()), draft.label(label)
         if layout == 0:
             lines += draft.pair(label, value)
         elif layout == 1:
@@ -231,13 +235,13 @@ def form(draft: Draft, layout: int, rows: int) -> Document:
             lines += draft.pair(label + ":", value)
         else:
             lines += [value, f"({label.lower()})"]
-    return arrange(draft, [[draft.say("title", title)], lines], "form", layout, rows, centred=draft.maybe(0.5))
+    return arrange(draft, [[draft.add_field("title", title)], lines], "form", layout, rows, centred=draft.maybe(0.5))
 
 
 def table(draft: Draft, layout: int, rows: int) -> Document:
-    """A title, a header and body rows in two or three columns; the layouts differ in alignment and columns."""
+    """Make a table of two or three columns with a title; the layouts differ in alignment and order of columns."""
     values, rng = draft.values, draft.rng
-    title = draft.say("title", f"{values.word(8)} {rng.choice(('list', 'stock', 'plan'))}")
+    title = draft.add_field("title", f"{values.word(8)} {rng.choice(('list', 'stock', 'plan'))}")
     first = rng.choice(("Item", "Name", "Part"))
     other = rng.sample(("Qty", "Kg", "Box", "No"), 2 if layout in (0, 3) else 1)
     names = values.products(rng.randint(3, 7 if rows == ROWS_PER_PAGE else 20), longest=7)
@@ -269,29 +273,30 @@ def table(draft: Draft, layout: int, rows: int) -> Document:
 
 
 def letter(draft: Draft, layout: int, rows: int) -> Document:
-    """Date, greeting, a few sentences, signature."""
+    """Make a letter: date, greeting, a few sentences, signature."""
     values, rng = draft.values, draft.rng
-    date = [draft.say("date", values.date())]
-    recipient, sender = draft.say("recipient", values.word(8)), draft.say("sender", values.person())
-    city = draft.say("city", values.word(9))
-    subject = draft.say("subject", rng.choice(LETTER_SUBJECTS))
+    date = [draft.add_field("date", values.date())]
+    recipient, sender = draft.add_field("recipient", values.word(8)), draft.add_field("sender", values.person())
+    city = draft.add_field("city", values.word(9))
+    subject = draft.add_field("subject", rng.choice(LETTER_SUBJECTS))
     body = [f"Dear {recipient},", "about", f"{subject}:", "we meet in", city]
-    body.append(f"on {draft.say('day of the meeting', values.date())}.")
+    body.append(f"on {draft.add_field('day of the meeting', values.date())}.")
     if draft.maybe(0.5):
-        body += ["Please bring", f"{draft.say('amount to bring', draft.money(values.cents(), True))}."]
+        body += ["Please bring", f"{draft.add_field('amount to bring', draft.money(values.cents(), True))}."]
     end = [rng.choice(("Regards", "Yours", "Best wishes")), sender]
-    place = [draft.say("sender's address", values.address())] if draft.maybe(0.5) else []
+    place = [draft.add_field("sender's address", values.address())] if draft.maybe(0.5) else []
     orders = ([date, body, end, place], [place, date, body, end], [body, end, date, place], [end, place, body, date])
     return arrange(draft, in_order(draft, orders, layout), "letter", layout, rows)
 
 
 def extremes(values: dict[str, str]) -> dict[str, str]:
-    """Whose number is the "highest" and whose the "lowest" of named whole numbers."""
-    judges = {"highest": max, "lowest": min}
-    return {which: judge(values, key=lambda name: int(values[name])) for which, judge in judges.items()}
+    """Return the names of the highest and the lowest of named whole numbers, as "highest" and "lowest"."""
+    choosers = {"highest": max, "lowest": min}
+    return {which: choose(values, key=lambda name: int(values[name])) for which, choose in choosers.items()}
 
 
 def chart_lines(draft: Draft, count: int) -> list[tuple[str, str]]:
+    """Return `count` names with different values for a chart, and keep them as fields and prices."""
     names = draft.values.products(count, longest=7)
     allowed = [str(number) for number in range(1, 100) if split_of(str(number)) == draft.values.split]
     draft.rng.shuffle(allowed)
@@ -301,8 +306,8 @@ def chart_lines(draft: Draft, count: int) -> list[tuple[str, str]]:
 
 
 def bar_chart(draft: Draft, layout: int, rows: int) -> Document:
-    """Horizontal bars: the name, the value, and a bar below or beside them."""
-    title = draft.say("title", f"{draft.values.word(8)} {draft.rng.choice(('sales', 'costs', 'visits'))}")
+    """Make a chart of horizontal bars: the name, the value, and a bar below or beside them."""
+    title = draft.add_field("title", f"{draft.values.word(8)} {draft.rng.choice(('sales', 'costs', 'visits'))}")
     points = chart_lines(draft, draft.rng.randint(3, 5))
     body: list[str] = []
     bars: list[tuple[int, int]] = []
@@ -318,8 +323,8 @@ def bar_chart(draft: Draft, layout: int, rows: int) -> Document:
 
 
 def line_chart(draft: Draft, layout: int, rows: int) -> Document:
-    """Points joined by a line, each with its value printed beside it, and a legend of names below."""
-    title = draft.say("title", f"{draft.values.word(8)} {draft.rng.choice(('sales', 'costs', 'visits'))}")
+    """Make a chart of points joined by a line, each with its value beside it, and a legend of names below."""
+    title = draft.add_field("title", f"{draft.values.word(8)} {draft.rng.choice(('sales', 'costs', 'visits'))}")
     points = chart_lines(draft, 4)
     plot_rows = 7
     plot = [[" "] * COLUMNS for _ in range(plot_rows)]
@@ -355,7 +360,7 @@ KINDS: dict[str, Callable[[Draft, int, int], Document]] = {
     "bar chart": bar_chart,
     "line chart": line_chart,
 }
-LONG_KINDS = ("receipt", "invoice", "table")  # those that also come on two pages' length
+LONG_KINDS = ("receipt", "invoice", "table")  # these may also be two pages long
 
 
 def document(seed: int, split: str = "train", kind: str | None = None, num_pages: int = 1) -> Document:
@@ -375,7 +380,7 @@ def document(seed: int, split: str = "train", kind: str | None = None, num_pages
     if num_pages > 1 and kind not in LONG_KINDS:
         raise ValueError(f"A {kind} has one page; num_pages={num_pages} is for {', '.join(LONG_KINDS)}.")
     rows = ROWS_PER_PAGE * num_pages
-    while True:  # a draft that does not fit its page is thrown away
+    while True:  # a draft that does not fit its page is discarded
         draft = Draft(rng, Values(rng, split))
         held_out = split == "heldout" and rng.random() < 0.5
         layout = NUM_LAYOUTS - 1 if held_out else rng.randrange(NUM_LAYOUTS - 1)

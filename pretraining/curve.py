@@ -1,8 +1,8 @@
-"""Draw how nano learned: held-out answers over the minutes of the runs that led to it, one after the other.
+"""Plots the accuracy of held-out answers over the minutes of training runs, one run after the other.
 
-    python -m training.curve docs/training/*.jsonl --picture docs/images/nano_curve.png
+    python -m pretraining.curve docs/log/nano/*.jsonl --out docs/images/nano_curve.png
 
-Needs matplotlib. Each argument is the log of a run; vertical lines part the runs.
+It needs matplotlib. Each argument is the log of a run; vertical lines separate the runs.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The entries of a run's log; those about held-out answers get the minutes of the step before them."""
+    """Return the entries of a run's log; those about held-out answers get the minutes of the step before them."""
     entries, minutes = [], 0.0
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
@@ -21,7 +21,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def draw_curve(logs: list[Path], path: Path) -> None:
-    """Write the picture.
+    """Write the plot.
 
     Raises:
         ImportError: without matplotlib, with the command that installs it.
@@ -45,7 +45,7 @@ def draw_curve(logs: list[Path], path: Path) -> None:
         start += entries[-1]["minutes"]
         axes.axvline(start, color="0.6", linewidth=0.6)
     for label, colour in (
-        ("lessons, tokens", "0.8"),
+        ("training, tokens", "0.8"),
         ("held out, tokens", "tab:blue"),
         ("held out, whole", "tab:orange"),
     ):
@@ -58,9 +58,9 @@ def draw_curve(logs: list[Path], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path)
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    draw_curve(arguments.logs, arguments.picture)
+    draw_curve(arguments.logs, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shape of nano, and its directory in the published layout.
+"""Nano's sizes, and its directory in the published layout.
 
 `build_model` makes the same classes as the released checkpoints, small; `save_nano` writes `nano/`, which loads with
 `AutoModel.from_pretrained(repository, subfolder="nano", trust_remote_code=True)`.
@@ -14,8 +14,8 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from PIL import Image
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from training import ROOT
-from training import tokenizer as nano_tokenizer
+from pretraining import ROOT
+from pretraining import tokenizer as nano_tokenizer
 
 IMAGE_SIZE = 512
 # Nano's pages are drawn at reading size: no doubling, at most two tiles one above the other, no thumbnail.
@@ -23,12 +23,12 @@ TILING = {"image_size": IMAGE_SIZE, "max_num_tiles": 2, "use_thumbnail": False, 
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer in `nano/`; `python -m training.tokenizer nano` made it."""
+    """Return the tokenizer in `nano/`, which `python -m pretraining.tokenizer nano` made."""
     return PreTrainedTokenizerFast.from_pretrained(ROOT / "nano")
 
 
 def language_config(vocab_size: int) -> LlamaConfig:
-    """Nano's language model: 2.3 M parameters. Input and output embeddings are one matrix."""
+    """Return the sizes of nano's language model: 2.3 M parameters, input and output embeddings in one matrix."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -72,9 +72,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Llama_Nemo
     return Llama_Nemotron_Nano_VL(config).float()
 
 
-def tiles_of(pictures: list[Image.Image]) -> torch.Tensor:
-    """Cut pictures by the recipe of the image processor: `(num_tiles, 3, 512, 512)`, float32 in 0..1."""
-    tiles = [tile for picture in pictures for tile in cut_tiles(picture, **TILING)]
+def tiles_of(images: list[Image.Image]) -> torch.Tensor:
+    """Return the tiles of images by the image processor's recipe: `(num_tiles, 3, 512, 512)`, float32 in 0..1."""
+    tiles = [tile for image in images for tile in cut_tiles(image, **TILING)]
     return torch.stack(tiles).float() / 255
 
 
@@ -82,7 +82,7 @@ def save_nano(model: Llama_Nemotron_Nano_VL, tokenizer: PreTrainedTokenizerBase,
     """Write weights, configs and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
-    for code in directory.glob("*.py"):  # the code is the repository's, one folder up
+    for code in directory.glob("*.py"):  # nano/ uses the code of the repository, one folder up
         code.unlink()
     (directory / "model.safetensors").chmod(0o644)
     nano_tokenizer.save(tokenizer, directory)

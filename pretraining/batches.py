@@ -1,4 +1,4 @@
-"""Turn conversations about drawn documents into token sequences in the published prompt format.
+"""Turns conversations about drawn documents into batches of token sequences in the published prompt format.
 
 A sequence is `<|begin_of_text|>`, then per turn a user and an assistant block; the images come first, each as `<img>`,
 256 `<image>` per tile, `</img>` and a line break. Only answers (with their `<|eot_id|>`) carry loss.
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from training.documents import COLUMNS, ROWS_PER_PAGE, Document
-from training.questions import ABSENT, TEXT_QUESTIONS, VERDICTS, Conversation, verdict_of
-from training.tokenizer import MARKUP
+from documents.generator import COLUMNS, ROWS_PER_PAGE, Document
+from documents.questions import ABSENT, TEXT_QUESTIONS, VERDICTS, Conversation, verdict_of
+from pretraining.tokenizer import MARKUP
 
 TOKENS_PER_TILE = COLUMNS * ROWS_PER_PAGE
-IGNORE = -100
-SPELLING = re.compile(f"{'|'.join(MARKUP)}|.", re.DOTALL)
-SENTENCES = {ABSENT, *VERDICTS, *TEXT_QUESTIONS}  # answers that stand on no page
+IGNORE_INDEX = -100  # the label of tokens without loss
+ANSWER_PIECE = re.compile(f"{'|'.join(MARKUP)}|.", re.DOTALL)
+SENTENCES = {ABSENT, *VERDICTS, *TEXT_QUESTIONS}  # answers that no page prints
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Batch:
         input_ids: `(num_sequences, length)`.
         labels: like `input_ids`; -100 where there is no loss.
         pages: the documents whose tiles fill the image tokens, in order.
-        conversations: what the sequences say.
+        conversations: those of the sequences.
     """
 
     input_ids: torch.Tensor
@@ -42,7 +42,7 @@ class Encoder:
 
     Args:
         tokenizer: nano's.
-        skip_blank_rows: leave blank rows of pages out of the sequence, for cheap first lessons on perfect cells.
+        skip_blank_rows: leave blank rows of pages out of the sequence; possible with glyph ids, and cheaper.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_blank_rows: bool = False):
@@ -66,7 +66,7 @@ class Encoder:
         return [*self.encode("<img>"), *tokens, *self.encode("</img>\n")]
 
     def prompt(self, conversation: Conversation, num_answered: int = 0) -> list[int]:
-        """Ids up to where the answer of turn `num_answered` begins; earlier turns are answered truly."""
+        """Return the ids before the answer of turn `num_answered`; earlier turns have their right answers."""
         ids, _ = self.conversation(conversation, num_answered)
         return [*ids, *self._question(conversation, num_answered)]
 
@@ -76,22 +76,23 @@ class Encoder:
         return [*start, *self.user, *images, *self.encode(conversation.turns[index].question), *self.assistant]
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer: what stands on pages glyph by glyph, and so the "and" between two values; sentences in words.
+        """Return the ids of an answer: printed text one glyph a token, sentences of `SENTENCES` in whole words.
 
-        The tokenizer has a token for "Total", but a reader who sees a T does not know yet whether it is "Total" or "To".
-        In a later prompt of `chat()` an earlier answer has the tokenizer's words.
+        The tokenizer has a token for "Total". To choose it the model would have to read the whole word ahead, and it
+        confuses "Total" with "To:"; glyph by glyph it copies. The " and " between two values is written likewise.
+        `chat()` encodes earlier answers with the tokenizer's whole words all the same.
         """
         if text in SENTENCES:
             return self.encode(text)
         verdict = verdict_of(text)
         printed = text.removesuffix(f" {verdict}") if verdict in VERDICTS else text
-        spelled = [self.pieces.get(piece) or self.encode(piece) for piece in SPELLING.findall(printed)]
-        return [token for tokens in spelled for token in tokens] + self.encode(text.removeprefix(printed))
+        pieces = [self.pieces.get(piece) or self.encode(piece) for piece in ANSWER_PIECE.findall(printed)]
+        return [token for piece in pieces for token in piece] + self.encode(text.removeprefix(printed))
 
     def conversation(self, conversation: Conversation, num_turns: int | None = None) -> tuple[list[int], list[int]]:
         """Return `(input_ids, labels)` of the first `num_turns` turns, all by default.
 
-        Labels are `IGNORE` but for answers, less what is `given` of them.
+        Labels are `IGNORE_INDEX` everywhere but in answers, and in the part of an answer that is `given`.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -100,15 +101,15 @@ class Encoder:
             given = len(self.answer(turn.given))
             answer = [*self.answer(turn.answer), *self.end]
             ids += question + answer
-            labels += [IGNORE] * (len(question) + given) + answer[given:]
+            labels += [IGNORE_INDEX] * (len(question) + given) + answer[given:]
         return ids, labels
 
     def rows(self, page: Document) -> list[int]:
-        """The rows of a page that have visual tokens."""
+        """Return the rows of a page that have visual tokens."""
         return [row for row, line in enumerate(page.lines) if line.strip() or not self.skip_blank_rows]
 
     def cells(self, page: Document) -> list[tuple[int, int]]:
-        """Glyph and position in its tile of each visual token, row by row: what a perfect eye would see."""
+        """Return, row by row, the token id of the glyph under each visual token and its position in the tile."""
         return [
             (self.glyphs[character], (row * COLUMNS + column) % TOKENS_PER_TILE)
             for row in self.rows(page)
@@ -119,12 +120,12 @@ class Encoder:
         encoded = [self.conversation(conversation) for conversation in conversations]
         length = max(len(ids) for ids, _ in encoded)
         input_ids = torch.tensor([ids + [self.pad_token_id] * (length - len(ids)) for ids, _ in encoded])
-        labels = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in encoded])
+        labels = torch.tensor([labels + [IGNORE_INDEX] * (length - len(labels)) for _, labels in encoded])
         pages = [page for conversation in conversations for page in conversation.documents]
         return Batch(input_ids, labels, pages, conversations)
 
 
-def lessons_by_length(encoder: "Encoder", conversations: list[Conversation], batch_size: int) -> list[Batch]:
-    """Put conversations of like length together, to pad little; the order of the batches is by length."""
+def batches_by_length(encoder: "Encoder", conversations: list[Conversation], batch_size: int) -> list[Batch]:
+    """Return batches of conversations of similar length, shortest first, so that little is padded."""
     by_length = sorted(conversations, key=lambda conversation: len(encoder.conversation(conversation)[0]))
     return [encoder.batch(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)]

@@ -1,10 +1,14 @@
-"""Pages of random characters: there is nothing to guess on them, so a reader has to copy and to look up."""
+"""Conversations about pages of random characters.
+
+Documents can be guessed from: totals and dates have their usual places. Random pages cannot, so a model has to copy
+characters and to look values up.
+"""
 
 import random
 import string
 
-from training.documents import COLUMNS, CURRENCIES, ROWS_PER_PAGE, Document, extremes
-from training.questions import (
+from documents.generator import COLUMNS, CURRENCIES, ROWS_PER_PAGE, Document, extremes
+from documents.questions import (
     ABSENT,
     CELL_PHRASINGS,
     COMPARE_PHRASINGS,
@@ -24,73 +28,73 @@ from training.questions import (
     with_name,
 )
 
-ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # what pages are printed with
+ALPHABET = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"  # all printed characters
 AMOUNTS = "amounts"  # numbers with two decimals, in place of an alphabet
-# Around names below their values: these, or any sign twice; documents have round ones, so exercises have not.
+# Around names below their values: these, or any sign twice. Round ones are held out: only documents have them.
 BRACKETS = ("[]", "<>", "{}", *(2 * sign for sign in string.punctuation if sign not in "()"))
-# Where the value stands, and how often: what stands before its name is the hardest to find.
-FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
-PRINTED_AS = {  # names of fields, and what documents print for them
+# Where the value of a name stands, and how often: a value before its name is the hardest to find.
+LIST_FORMS = {"right": 1, "left": 1, "colon": 1, "below": 1, "above": 3, "before": 3}
+PRINTED_AS = {  # names of fields, and their labels in documents
     "name": "Name", "city": "City", "address": "Address", "phone number": "Phone", "date of birth": "Born",
     "customer number": "Customer", "employer": "Employer", "country": "Country", "total": "Total", "tax": "Tax",
     "date": "Date", "due date": "Due", "receipt number": "Receipt", "subtotal": "Subtotal", "payment": "Payment",
 }  # fmt: skip
 
 
-def exercise(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_look_ups: float = 0.0) -> Conversation:
-    """A page, or two, of random characters, with what it asks.
+def random_page_conversation(seed: int, num_lines: int = ROWS_PER_PAGE, share_of_lookups: float = 0.0) -> Conversation:
+    """Return the conversation of a seed about one or two pages of random characters.
 
     Args:
         seed: any integer.
-        num_lines: at most so many printed lines on a page, three or more.
-        share_of_look_ups: how many of the exercises are lists of names and values, tables, or pairs of lists, with
-            questions; the others are to be read out.
+        num_lines: most printed lines on a page, at least three.
+        share_of_lookups: share of conversations with questions about lists of names and values, tables, or pairs of
+            lists, 0 to 1; the others ask for a transcription.
     """
     rng = random.Random(f"exercise {seed}")
-    if rng.random() >= share_of_look_ups:
-        return _copy(rng, num_lines)
-    drills = (_look_up, _look_up_cell, _look_up_in_pair, _look_up_extreme)
-    return rng.choices(drills, (16, 4, 4, 2))[0](rng, num_lines)
+    if rng.random() >= share_of_lookups:
+        return _transcription(rng, num_lines)
+    makers = (_list_lookup, _table_lookup, _pair_comparison, _extreme_lookup)
+    return rng.choices(makers, (16, 4, 4, 2))[0](rng, num_lines)
 
 
-def look_back(seed: int, num_lines: int) -> Conversation:
-    """A list whose values stand above their names or before them on the line, with questions for the values."""
+def value_first_conversation(seed: int, num_lines: int) -> Conversation:
+    """Return questions about a list whose values stand above their names, or before them on the line."""
     rng = random.Random(f"look back {seed}")
-    return _look_up(rng, num_lines, rng.choice(("above", "before")))
+    return _list_lookup(rng, num_lines, rng.choice(("above", "before")))
 
 
-def judgement(seed: int, num_lines: int = 0) -> Conversation:
-    """A comparison of two values that are given; the verdict on them is to be learned.
+def verdict_conversation(seed: int, num_lines: int = 0) -> Conversation:
+    """Return a comparison of two values in which the verdict alone carries loss.
 
     Args:
         seed: any integer.
-        num_lines: at most so many lines on each of two pages that print the values; 0 for no pages.
+        num_lines: most lines on each of the two pages that print the values; 0 for no pages.
     """
     rng = random.Random(f"judgement {seed}")
     if num_lines:
-        conversation = _look_up_in_pair(rng, num_lines)
+        conversation = _pair_comparison(rng, num_lines)
         conversation.turns = [turn for turn in conversation.turns if turn.task == "compare"][:1]
-        return give_values(conversation)
+        return mask_values(conversation)
     alphabet = rng.choice((AMOUNTS, AMOUNTS, string.digits + ".-/", string.ascii_lowercase, ALPHABET))
-    longest = rng.choice((3, 3, 4, 6, 9, COLUMNS))  # comparing is learned on short ones
+    longest = rng.choice((3, 3, 4, 6, 9, COLUMNS))  # short values come often: comparing is learned on them first
     first = _value(rng, alphabet, longest)
     second = _other_value(rng, first, alphabet, longest)
     name = rng.choice((*SYNONYMS["total"], *SYNONYMS["supplier"], *SYNONYMS["date"]))
-    return give_values(Conversation([], [_comparison(rng, name, first, second, with_amounts=alphabet == AMOUNTS)]))
+    return mask_values(Conversation([], [_comparison(rng, name, first, second, with_amounts=alphabet == AMOUNTS)]))
 
 
-def give_values(conversation: Conversation) -> Conversation:
-    """Take the loss from the values in the answers to comparisons, so that only the verdicts have it."""
+def mask_values(conversation: Conversation) -> Conversation:
+    """Take the loss off the values in the answers to comparisons, so that the verdicts alone carry it."""
     for turn in conversation.turns:
         turn.given = turn.answer.removesuffix(f" {verdict_of(turn.answer)}")
     return conversation
 
 
-def _copy(rng: random.Random, num_lines: int) -> Conversation:
-    """Lines of random characters to read out, few or many different ones, anywhere on the page.
+def _transcription(rng: random.Random, num_lines: int) -> Conversation:
+    """Return the transcription of a page of random characters.
 
-    On every other page the lines are made of a few words, so that they begin alike or are the same: what comes next
-    can then only be found by its place.
+    On every other page the lines are made of a few words, so that some begin alike: the next character can then only
+    be found by its place on the page.
     """
     alphabet = rng.choice((ALPHABET, string.digits + ".,-", string.ascii_letters, string.ascii_lowercase[:6]))
     known = ["".join(rng.choices(alphabet, k=rng.randint(1, 8))) for _ in range(rng.randint(2, 6))]
@@ -107,8 +111,8 @@ def _copy(rng: random.Random, num_lines: int) -> Conversation:
     return Conversation([page], [Turn("transcription", rng.choice(TRANSCRIBE_PHRASINGS[:-1]), page.text)])
 
 
-def _look_up(rng: random.Random, num_lines: int, form: str | None = None) -> Conversation:
-    """Names with values after, before, below or above them; questions for some, and for names that are not there."""
+def _list_lookup(rng: random.Random, num_lines: int, form: str | None = None) -> Conversation:
+    """Return questions about names with values after, before, below or above them, and about absent names."""
     if rng.random() < 0.4:
         spelling = rng.choice((str, str.upper, str.lower))
         printed_as = {name: spelling(label) for name, label in PRINTED_AS.items()}
@@ -127,8 +131,8 @@ def _look_up(rng: random.Random, num_lines: int, form: str | None = None) -> Con
     return Conversation([page], turns)
 
 
-def _look_up_extreme(rng: random.Random, num_lines: int) -> Conversation:
-    """Names with numbers, and which of them is the highest or the lowest."""
+def _extreme_lookup(rng: random.Random, num_lines: int) -> Conversation:
+    """Return questions for the highest and the lowest of numbers with names."""
     names = _names(rng, rng.randint(2, min(6, num_lines)))
     numbers = [str(number) for number in rng.sample(range(1, rng.choice((10, 100, 1000))), len(names))]
     form = rng.choice(("right", "left", "colon", "before"))
@@ -142,8 +146,8 @@ def _look_up_extreme(rng: random.Random, num_lines: int) -> Conversation:
     return Conversation([page], turns)
 
 
-def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
-    """A table of words and numbers in columns of any widths; questions for cells, all as HTML, or all to read out."""
+def _table_lookup(rng: random.Random, num_lines: int) -> Conversation:
+    """Return questions about cells of a table, or ask for the whole table as HTML or as a transcription."""
     names = _names(rng, rng.randint(2, num_lines - 1) + 1, longest=5)
     columns = [rng.choice(("Item", "Name", "Part")), *_names(rng, rng.randint(1, 2), longest=3)]
     of_words = rng.random() < 0.3
@@ -154,7 +158,7 @@ def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
     missing = body.pop()[0]
     key = 0
     order = list(range(len(columns)))
-    if rng.random() < 0.5:  # documents print numbers, words, numbers in the layout that is held out
+    if rng.random() < 0.5:  # the order numbers, words, numbers is held out: only documents have it
         rng.shuffle(order)
         if len(order) == 3 and order[1] == 0 and not of_words:
             order = [1, 2, 0]
@@ -176,7 +180,7 @@ def _look_up_cell(rng: random.Random, num_lines: int) -> Conversation:
 
 
 def _columns(rng: random.Random, table: list[list[str]]) -> list[str]:
-    """Lines of a table, each column as wide as its longest cell and some more, to the left or to the right."""
+    """Return the lines of a table; its columns differ in alignment and in the room beyond their longest cell."""
     widths = [max(len(row[index]) for row in table) for index in range(len(table[0]))]
     spare = COLUMNS - sum(widths) - len(widths) + 1
     aligns = [rng.choice((str.ljust, str.rjust)) for _ in widths]
@@ -189,8 +193,8 @@ def _columns(rng: random.Random, table: list[list[str]]) -> list[str]:
     ]
 
 
-def _look_up_in_pair(rng: random.Random, num_lines: int) -> Conversation:
-    """Two lists of the same names, mostly short; comparisons of their values, and questions for one of them."""
+def _pair_comparison(rng: random.Random, num_lines: int) -> Conversation:
+    """Return comparisons of values in two lists of the same names, and questions about one of the values."""
     names = _names(rng, rng.choice((1, 2, 3, rng.randint(2, max(2, num_lines // 2)))))
     alphabet = rng.choice((AMOUNTS, AMOUNTS, None))
     labels = {name: name for name in names}
@@ -210,7 +214,7 @@ def _look_up_in_pair(rng: random.Random, num_lines: int) -> Conversation:
 
 
 def _other_value(rng: random.Random, value: str, alphabet: str, longest: int = COLUMNS) -> str:
-    """The same value, one that differs in a single character, or any other."""
+    """Return the same value, one that differs in a single character, or a new one."""
     draw = rng.random()
     if draw < 0.3:
         return value
@@ -223,7 +227,7 @@ def _other_value(rng: random.Random, value: str, alphabet: str, longest: int = C
 
 
 def _comparison(rng: random.Random, name: str, first: str, second: str, with_amounts: bool) -> Turn:
-    """Which amount is higher, which page a value is from, or whether both values are the same."""
+    """Return a question for the higher amount, for the page of a value, or whether both values are the same."""
     kind = "same"
     if first != second and rng.random() < 0.6:
         kind = "higher" if with_amounts and amount_of(first) != amount_of(second) else "which"
@@ -233,7 +237,7 @@ def _comparison(rng: random.Random, name: str, first: str, second: str, with_amo
 
 
 def _names(rng: random.Random, count: int, longest: int = 6) -> list[str]:
-    """So many different words of random letters, three at least."""
+    """Return `count` different words of three or more random letters."""
     names: dict[str, None] = {}
     while len(names) < count:
         names["".join(rng.choices(string.ascii_letters, k=rng.randint(3, longest)))] = None
@@ -248,9 +252,9 @@ def _list(
     alphabet: str | None = None,
     form: str | None = None,
 ) -> tuple[Document, dict[str, str]]:
-    """Print names with values, those `given` or random ones, and return what found room, by name."""
+    """Print names with values, the `given` or random ones, and return the page and the values that fitted on it."""
     pieces = (alphabet,) if alphabet else (string.digits, string.digits + ".", string.ascii_lowercase, ALPHABET)
-    form = form or rng.choices(list(FORMS), FORMS.values())[0]
+    form = form or rng.choices(list(LIST_FORMS), LIST_FORMS.values())[0]
     indent = " " * rng.choice((0, 0, 0, 1, 2))
     opening, closing = rng.choice(BRACKETS)
     known: dict[str, str] = {}
@@ -266,7 +270,7 @@ def _list(
             "colon": [f"{label}: {value}"],
             "below": [label, value],
             "above": [value, f"{opening}{label}{closing}"],
-            "before": [f"{value} {label}"],  # to the right only in the held-out bar charts
+            "before": [f"{value} {label}"],  # values to the right before names: only the held-out bar charts
         }[form]
         if len(lines) + len(printed) > num_lines:
             break
@@ -276,7 +280,7 @@ def _list(
 
 
 def _value(rng: random.Random, alphabet: str, longest: int) -> str:
-    """One or two words of random characters, or an amount (which has four characters at least)."""
+    """Return one or two words of random characters, or an amount, which has at least four characters."""
     if alphabet == AMOUNTS:
         digits = rng.randint(3, max(3, min(5, longest - 2)))
         return rng.choice(CURRENCIES) * (longest > 4) + f"{rng.randint(20, 10**digits - 1) / 100:.2f}"
@@ -287,7 +291,7 @@ def _value(rng: random.Random, alphabet: str, longest: int) -> str:
 
 
 def _print(rng: random.Random, lines: list[str], together: int = 1) -> Document:
-    """Put lines on a page in their order, so many `together`, with blank rows anywhere between them or below them."""
+    """Put lines on a page in order, with blank rows between blocks of `together` lines or below all of them."""
     blocks = [lines[start : start + together] for start in range(0, len(lines), together)]
     num_blank = ROWS_PER_PAGE - len(lines)
     after = rng.choices(range(len(blocks) + 1), k=num_blank) if rng.random() < 0.5 else [len(blocks)] * num_blank

@@ -1,17 +1,17 @@
-"""Questions about drawn documents, with exact answers.
+"""Questions about drawn documents, with exact answers, and the conversations made of them.
 
 Tasks: "field", "price", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
-"compare" (two images) and "text" (no image). The last phrasing of each list is only ever used for "heldout".
-A comparison is answered by what each page says, and then the verdict: "12.40 and 9.80. The first."; a question for the
-highest value of a chart by the value and its name: "87 (Milk)".
+"compare" (two images) and "text" (no image). Only the split "heldout" uses the last phrasing of each list. The answer
+to a comparison gives both values and then the verdict: "12.40 and 9.80. The first.". The answer to a question about
+the highest value of a chart gives the value and its name: "87 (Milk)".
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from training.documents import Document, document
-from training.words import words
+from documents.generator import KINDS, Document, document
+from documents.values import words
 
 ABSENT = "Not in the document."
 PAGE_VERDICTS = ("The first.", "The second.")
@@ -68,11 +68,11 @@ COMPARE_PHRASINGS = {
     "same": ("Do both pages have the same {}?", "Is the {} the same?", "Do both pages give the same {}?"),
     "which": ("Which page is from {}?", "Find the page from {}.", "Which of both pages is from {}?"),
 }
-PAGE_PHRASING = "What is the {0} of the {1} page?"  # only in lessons: what to compare has to be found first
+PAGE_PHRASING = "What is the {0} of the {1} page?"  # in training only: it teaches to find the values to compare
 
 
 def phrase_word(article: str, word: str) -> tuple[str, ...]:
-    """Questions about the meaning of a word; the last is held out."""
+    """Return questions about the meaning of a word; the last is held out."""
     noun = f"{article} {word}".strip()
     return (f"What is {noun}?", f"What does the word {word} mean?", f"Explain {word}.", f"Explain the word {word}.")
 
@@ -96,9 +96,9 @@ SYNONYMS = {
     "highest": ("highest", "largest"),
     "lowest": ("lowest", "smallest"),
 }
-# "Who is the seller?" may be asked for these; only in lessons, so that evaluation keeps its questions.
+# "Who is the seller?" may be asked for these; in training only, so that the evaluation keeps its questions.
 PEOPLE = words("supplier customer recipient sender employer")
-# What a reader may expect on each kind of document, so that asking for it in vain is a fair question.
+# Fields that one may expect on each kind of document, so that a question about an absent one is fair.
 EXPECTED = {
     "receipt": words(
         "supplier,address,phone number,receipt number,date,time,subtotal,tax,total,payment,due date,customer", ","
@@ -122,11 +122,11 @@ class Turn:
     """One question and its answer.
 
     Attributes:
-        task: what it tests.
-        question: as the user asks it.
-        answer: what is right.
+        task: one of the tasks above.
+        question: the user's text.
+        answer: the right answer.
         seen: False for a phrasing that training does not have.
-        given: the beginning of the answer that carries no loss; only the rest is to be learned.
+        given: the beginning of the answer that carries no loss.
     """
 
     task: str
@@ -138,13 +138,13 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """Questions about zero, one or two documents, in the order asked."""
+    """Questions about zero, one or two documents, in order."""
 
     documents: list[Document]
     turns: list[Turn]
 
 
-class Asker:
+class QuestionMaker:
     """Makes questions of one split from one random generator."""
 
     def __init__(self, rng: random.Random, split: str):
@@ -173,8 +173,8 @@ class Asker:
 
     def _about_field(self, task: str, name: str, answer: str) -> Turn:
         if self.split == "train" and name in PEOPLE and self.rng.random() < 0.25:
-            whom = [word for word in SYNONYMS.get(name, (name,)) if " " not in word]  # not "name of the shop"
-            return Turn(task, f"Who is the {self.rng.choice(whom)}?", answer)
+            words = [word for word in SYNONYMS.get(name, (name,)) if " " not in word]  # not "name of the shop"
+            return Turn(task, f"Who is the {self.rng.choice(words)}?", answer)
         return self.turn(task, answer, FIELD_PHRASINGS, self.name_of(name))
 
     def price(self, page: Document) -> Turn:
@@ -190,9 +190,9 @@ class Asker:
     def absent(self, page: Document) -> Turn:
         missing = [name for name in EXPECTED[page.kind] if name not in page.fields]
         if page.prices and (not missing or self.rng.random() < 0.3):
-            stranger = document(self.rng.randrange(10**9), self.split, page.kind)
+            other = document(self.rng.randrange(10**9), self.split, page.kind)
             things = [name.split(" / ")[0] for name in page.prices]
-            names = [name for name in stranger.prices if name.split(" / ")[0] not in things]
+            names = [name for name in other.prices if name.split(" / ")[0] not in things]
             if names:
                 return self._about_thing(page, self.rng.choice(names), ABSENT)
         if not missing:
@@ -200,14 +200,14 @@ class Asker:
         return self._about_field("absent", self.rng.choice(missing), ABSENT)
 
     def check(self, page: Document) -> Turn:
-        """Yes/no: the true value, or one from another document of the kind."""
+        """Return a yes/no question about the true value or one from another document of the kind."""
         name = self.rng.choice([name for name in page.fields if name not in ("highest", "lowest")])
         value, answer = page.fields[name], "Yes."
         if self.rng.random() < 0.5:
             for _ in range(20):
-                stranger = document(self.rng.randrange(10**9), self.split, page.kind)
-                if stranger.fields.get(name, value) != value:
-                    value, answer = stranger.fields[name], "No."
+                other = document(self.rng.randrange(10**9), self.split, page.kind)
+                if other.fields.get(name, value) != value:
+                    value, answer = other.fields[name], "No."
                     break
         return self.turn("yes/no", answer, CHECK_PHRASINGS, self.name_of(name), value)
 
@@ -222,7 +222,7 @@ class Asker:
         return self.turn("text", answer, TEXT_QUESTIONS[answer])
 
     def compare(self, first: Document, second: Document) -> Turn:
-        """A question about a field that both pages have."""
+        """Return a question about a field that both pages have."""
         names = [name for name in ("date", "supplier", "total") if name in first.fields and name in second.fields]
         values = {name: (first.fields[name], second.fields[name]) for name in names}
         amounts = [amount_of(total) for total in values["total"]]
@@ -235,19 +235,19 @@ class Asker:
 
 
 def table_as_html(table: list[list[str]]) -> str:
-    """Rows of cells as HTML; the first row is the header."""
+    """Return rows of cells as HTML; the first row is the header."""
     rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in table]
     rows[0] = rows[0].replace("td>", "th>")
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def with_name(name: str, values: dict[str, str]) -> str:
-    """The answer to a question for the highest or lowest of named numbers: the number, and whose it is."""
+    """Return the answer to a question about the highest or lowest of named numbers: the number and its name."""
     return f"{values[name]} ({name})"
 
 
 def comparison(kind: str, first: str, second: str, asked: str) -> str:
-    """The answer to a question of `COMPARE_PHRASINGS` about two values: the values, and the verdict on them."""
+    """Return the answer to a question of `COMPARE_PHRASINGS` about two values: the values, then the verdict."""
     verdict = {
         "same": lambda: "Yes." if first == second else "No.",
         "which": lambda: PAGE_VERDICTS[asked == second],
@@ -257,24 +257,24 @@ def comparison(kind: str, first: str, second: str, asked: str) -> str:
 
 
 def verdict_of(answer: str) -> str:
-    """The last sentence of the answer to a comparison."""
+    """Return the last sentence of the answer to a comparison."""
     return answer.rsplit(". ", 1)[-1]
 
 
 def amount_of(printed: str) -> float:
-    """A printed amount as a number."""
+    """Return a printed amount as a number."""
     return float(printed.lstrip("$\u20ac\u00a3").replace(",", "."))
 
 
 def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
     """Return `num_turns` short questions about a page, all different."""
-    asker = Asker(random.Random(f"questions {split} {seed}"), split)
+    maker = QuestionMaker(random.Random(f"questions {split} {seed}"), split)
     turns: dict[str, Turn] = {}
     for _ in range(num_turns * 4):
-        kinds = [asker.field] * 4 + [asker.absent, asker.check] + ([asker.price] * 3 if page.prices else [])
-        turn = asker.rng.choice(kinds)(page)
-        # A value once given could be copied from the earlier answer: ask for each only once.
-        value = turn.answer.split(" (")[0]  # "87 (Milk)" gives the value of Milk away
+        kinds = [maker.field] * 4 + [maker.absent, maker.check] + ([maker.price] * 3 if page.prices else [])
+        turn = maker.rng.choice(kinds)(page)
+        # Each value is asked for once; a second time it could be copied from the earlier answer.
+        value = turn.answer.split(" (")[0]  # "87 (Milk)" contains the value of Milk
         turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else value, turn)
         if len(turns) == num_turns:
             break
@@ -282,25 +282,25 @@ def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
 
 
 def read_out(seed: int, split: str, page: Document) -> Conversation:
-    """Return one long answer: the transcription, or for half of the tables the HTML."""
-    asker = Asker(random.Random(f"read out {split} {seed}"), split)
-    turn = asker.html(page) if page.table and asker.rng.random() < 0.5 else asker.transcribe(page)
+    """Return a conversation with one long answer: the transcription, or for half of the tables the HTML."""
+    maker = QuestionMaker(random.Random(f"read out {split} {seed}"), split)
+    turn = maker.html(page) if page.table and maker.rng.random() < 0.5 else maker.transcribe(page)
     return Conversation([page], [turn])
 
 
 def compare(seed: int, split: str, num_turns: int) -> Conversation:
-    """Return questions about two receipts or invoices; in one of three the second repeats a value of the first."""
-    asker = Asker(random.Random(f"compare {split} {seed}"), split)
-    kind = asker.rng.choice(("receipt", "invoice"))
-    pages = [document(asker.rng.randrange(10**9), split, kind) for _ in range(2)]
-    if asker.rng.random() < 0.5:
+    """Return questions about two receipts or invoices; in about a third of the pairs both have a value in common."""
+    maker = QuestionMaker(random.Random(f"compare {split} {seed}"), split)
+    kind = maker.rng.choice(("receipt", "invoice"))
+    pages = [document(maker.rng.randrange(10**9), split, kind) for _ in range(2)]
+    if maker.rng.random() < 0.5:
         shared = [name for name in ("date", "supplier", "total") if all(name in page.fields for page in pages)]
-        name = asker.rng.choice(shared)
+        name = maker.rng.choice(shared)
         replace_value(pages[1], name, pages[0].fields[name])
     turns: dict[str, Turn] = {}
     for _ in range(num_turns * 4):
-        turn = asker.compare(*pages)
-        # Values once given could be copied from the earlier answer: ask about each pair only once.
+        turn = maker.compare(*pages)
+        # Each pair is asked about once; a second time its values could be copied from the earlier answer.
         turns.setdefault(turn.answer.removesuffix(verdict_of(turn.answer)), turn)
         if len(turns) == num_turns:
             break
@@ -308,7 +308,7 @@ def compare(seed: int, split: str, num_turns: int) -> Conversation:
 
 
 def replace_value(page: Document, name: str, value: str) -> None:
-    """Print another value for a field, where it fits in place of the old one; otherwise leave the page alone."""
+    """Print another value for a field where it fits in place of the old one; otherwise leave the page as it is."""
     old = page.fields[name]
     for row, line in enumerate(page.lines):
         if old in line and len(old) >= 3 and len(line.replace(old, value)) <= 16:
@@ -318,13 +318,49 @@ def replace_value(page: Document, name: str, value: str) -> None:
 
 
 def text_only(seed: int, split: str, num_turns: int) -> Conversation:
-    """Return questions without a picture."""
-    asker = Asker(random.Random(f"text {split} {seed}"), split)
-    return Conversation([], [asker.text_only() for _ in range(num_turns)])
+    """Return questions without an image."""
+    maker = QuestionMaker(random.Random(f"text {split} {seed}"), split)
+    return Conversation([], [maker.text_only() for _ in range(num_turns)])
+
+
+def training_conversation(
+    seed: int, kinds: tuple[str, ...] = tuple(KINDS), share_of_long: float = 0.0, share_of_pairs: float = 0.0
+) -> Conversation:
+    """Return the training conversation of a seed: questions about a page, and for most pages its transcription.
+
+    Args:
+        seed: any integer.
+        kinds: the kinds of documents to draw.
+        share_of_long: share of conversations about a document of two tiles, 0 to 1.
+        share_of_pairs: share of conversations that compare two documents, 0 to 1.
+    """
+    rng = random.Random(f"lesson {seed}")
+    draw = rng.random()
+    if draw < share_of_pairs:
+        return _add_field_questions(rng, compare(seed, "train", 3))
+    if draw < share_of_pairs + 0.02:
+        return text_only(seed, "train", 4)
+    is_long = rng.random() < share_of_long
+    page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
+    if rng.random() < 0.25:
+        return read_out(seed, "train", page)
+    questions = ask(seed, "train", page, 9)
+    if rng.random() < 0.6:
+        questions.turns += read_out(seed, "train", page).turns
+    return questions
+
+
+def _add_field_questions(rng: random.Random, comparison: Conversation) -> Conversation:
+    """Add questions about fields of either page between the comparisons."""
+    for number, page in zip(("first", "second"), comparison.documents, strict=True):
+        for name in rng.sample(list(page.fields), min(2, len(page.fields))):
+            turn = Turn("field", PAGE_PHRASING.format(name, number), page.fields[name])
+            comparison.turns.insert(rng.randint(0, len(comparison.turns)), turn)
+    return comparison
 
 
 def instruction_texts() -> Iterator[str]:
-    """Every fixed piece of wording of questions and short answers; the tokenizer keeps their words whole."""
+    """Yield all fixed wording of questions and short answers, whose words the tokenizer keeps whole."""
     for phrasings in (
         FIELD_PHRASINGS, PRICE_PHRASINGS, VALUE_PHRASINGS, CELL_PHRASINGS, CHECK_PHRASINGS, TRANSCRIBE_PHRASINGS,
         HTML_PHRASINGS, *COMPARE_PHRASINGS.values(), *TEXT_QUESTIONS.values(), *SYNONYMS.values(),

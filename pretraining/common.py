@@ -1,7 +1,7 @@
-"""What every stage of nano's training shares: options, optimizers, a run on disk, several processes.
+"""The parts that all stages of nano's training share: options, optimizers, a run on disk, several processes.
 
-A stage started by `torchrun --nproc-per-node 2 -m training.perfect_cells ...` draws other lessons in each process and
-averages the gradients. Processes on the cores of one machine learn faster than one process with as many threads.
+A stage started by `torchrun --nproc-per-node 2 -m pretraining.language ...` draws other conversations in each process
+and averages the gradients. Two processes with one thread each are faster than one process with two threads.
 """
 
 import argparse
@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 
-from training.muon import Muon
+from pretraining.muon import Muon
 
 SAVE_EVERY_S = 120
 
 
 def prepare_torch(num_threads: int) -> None:
-    """Set the number of threads, count denormal numbers as zero, and join the other processes of `torchrun`.
+    """Set the number of threads, treat denormal numbers as zero, and join the other processes of `torchrun`.
 
-    A trained model's attention is full of numbers near 1e-40, with which a processor is slow: the backward pass of
-    attention takes six times as long, a whole step twice.
+    The attention of a trained model is full of numbers near 1e-40, on which a processor is slow: with them the
+    backward pass of attention takes six times as long, and a whole step twice as long.
     """
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)
@@ -32,7 +32,7 @@ def prepare_torch(num_threads: int) -> None:
 
 
 def rank() -> int:
-    """The number of this process, 0 when it is alone."""
+    """Return the number of this process, 0 if it is the only one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -47,27 +47,25 @@ def average(tensors: list[torch.Tensor]) -> None:
 
 
 def share(text: str) -> float:
-    """A command line's number from 0 to 1."""
+    """Parse a number from 0 to 1 of a command line."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is no share: a number from 0 to 1 is needed")
     return float(text)
 
 
 def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
-    """The options that every stage of the training has, with the stage's defaults."""
+    """Return a parser with the options that all stages have, with the stage's defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory of the run; goes on where it stopped")
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=float, help="of the whole run, earlier starts included")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--muon-lr", type=float)
-    parser.add_argument("--adamw-lr", type=float)
+    parser.add_argument("--muon-lr", type=float, help="learning rate of the matrices inside blocks")
+    parser.add_argument("--adamw-lr", type=float, help="learning rate of all other weights")
     parser.add_argument(
-        "--fall", type=share, default=0.4, help="share of the minutes in which the rate falls; 0: never"
+        "--lr-decay", type=share, default=0.4, help="last share of the minutes, in which rates fall; 0: never"
     )
     parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the lessons; what a run has seen, another seed has not"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the conversations; two seeds share none")
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(**defaults)
     return parser
@@ -76,8 +74,8 @@ def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
 def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks, AdamW for embeddings, norms, biases and everything else.
 
-    Every step of Muon has the same length, so without decay the matrices grow with every minute, and attention with them
-    into saturation, where nothing more is learned.
+    Every step of Muon has the same length, so without weight decay the matrices grow until attention saturates and
+    learning stops.
     """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -91,15 +89,15 @@ def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[to
         optimizers.append(Muon(matrices, lr=arguments.muon_lr, weight_decay=arguments.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"], group["fall"] = group["lr"], arguments.fall
+            group["peak_lr"], group["lr_decay"] = group["lr"], arguments.lr_decay
     return optimizers
 
 
-def learn(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-    """One step of gradient descent, down the mean gradient of all processes."""
+def gradient_step(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Take one optimizer step along the mean gradient of all processes."""
     loss.backward()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:  # a batch without pictures uses no eyes, but every process must average the same weights
+    for weight in trained:  # a batch without images skips the tower, but all processes must average the same weights
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     average([weight.grad for weight in trained])
     nn.utils.clip_grad_norm_(trained, 1.0)
@@ -108,12 +106,12 @@ def learn(model: nn.Module, loss: torch.Tensor, optimizers: list[torch.optim.Opt
         optimizer.zero_grad()
 
 
-def set_progress(optimizers: list[torch.optim.Optimizer], progress: float, steps_since_start: int) -> None:
-    """Warm up over 50 steps (after every restart), keep the rate, let it fall as `--fall` says, to a fiftieth."""
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], progress: float, steps_since_start: int) -> None:
+    """Set learning rates: a warm-up of 50 steps after every start, then the peak, then the decay to a fiftieth."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            falling = min(1.0, max(0.02, (1 - progress) / group["fall"])) if group["fall"] else 1.0
-            group["lr"] = group["peak_lr"] * min(1.0, (steps_since_start + 1) / 50) * falling
+            decay = min(1.0, max(0.02, (1 - progress) / group["lr_decay"])) if group["lr_decay"] else 1.0
+            group["lr"] = group["peak_lr"] * min(1.0, (steps_since_start + 1) / 50) * decay
 
 
 class Run:
@@ -134,18 +132,18 @@ class Run:
         return min(1.0, self.state["minutes"] / self.minutes)
 
     def resume(self, model: nn.Module) -> bool:
-        """Load the last save into the model; False when there is none."""
+        """Load the last saved weights into the model; return whether there are any."""
         path = self.directory / "model.safetensors"
         if path.exists():
             load_weights(model, path)
         return path.exists()
 
-    def tick(self, model: nn.Module, numbers: dict[str, float], log_every: int = 20) -> None:
-        """Count a step; log and save when it is time."""
+    def record_step(self, model: nn.Module, numbers: dict[str, float], log_every: int = 20) -> None:
+        """Count a step; log every `log_every` steps and save every `SAVE_EVERY_S` seconds."""
         self.state["step"] += 1
         self.steps_since_start += 1
         minutes = torch.tensor([self.minutes_before + (time.monotonic() - self.started_at) / 60], dtype=torch.float64)
-        average([minutes])  # one clock for all, since the learning rate depends on it
+        average([minutes])  # the learning rate depends on it, so all processes need the same
         self.state["minutes"] = minutes.item()
         if self.state["step"] % log_every == 0:
             self.log({"step": self.state["step"], "minutes": round(self.state["minutes"], 2)} | numbers)
@@ -153,7 +151,7 @@ class Run:
             self.save(model)
 
     def first_seed(self, arguments: argparse.Namespace) -> int:
-        """Where the lessons of this step begin; other steps, processes and `--seed`s have others."""
+        """Return the first seed of this step's conversations; steps, processes and `--seed`s share none."""
         return (arguments.seed * 10**7 + rank() * 10**6 + self.state["step"]) * arguments.batch_size
 
     def log(self, entry: dict) -> None:
@@ -167,7 +165,7 @@ class Run:
         print(line, flush=True)
 
     def save(self, model: nn.Module) -> None:
-        """Write weights first, then the state that says they are complete; the first process does."""
+        """Write the weights, then the state that says they are complete, from the first process."""
         self.saved_at = time.monotonic()
         if rank():
             return
@@ -178,7 +176,7 @@ class Run:
 
 
 class Score:
-    """Counts teacher-forced answers: how many tokens are right, and how many answers in every token."""
+    """Teacher-forced accuracy: the share of right tokens, and the share of answers whose every token is right."""
 
     def __init__(self, end_of_answer: int):
         self.end_of_answer = end_of_answer
@@ -199,12 +197,12 @@ class Score:
 
 
 def unique_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without the second name of tied weights."""
+    """Return the state dict without the second name of tied weights."""
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
 def load_weights(model: nn.Module, path: Path, part: str = "") -> None:
-    """Load what `unique_weights` wrote of this model, or of a larger one that has it as its `part` ("reader.", "eye.").
+    """Load weights of this model, or of a larger one that holds it as its `part` ("language.", "vision.").
 
     Raises:
         ValueError: if a weight has no place in the model.
