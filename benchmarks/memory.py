@@ -92,7 +92,7 @@ def unpacked_peak(name: str, rows: int, columns: int) -> int:
 
 
 def cache_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes of the keys and values, which grow with the tokens, and of Mamba's states, which do not."""
+    """Return the bytes of keys and values, which grow with the tokens, and of Mamba states, which do not."""
     growing = fixed = 0
     for layer in cache.layers:
         if isinstance(getattr(layer, "keys", None), torch.Tensor):
@@ -103,22 +103,27 @@ def cache_bytes(cache: Cache) -> tuple[int, int]:
 
 
 def count(member: str) -> list[dict[str, object]]:
-    """One row of the table for each number format."""
+    """One row of the table, in GB, for each number format."""
+    AttentionInterface.register("without_scores", attend_without_scores)
+    AttentionMaskInterface.register("without_scores", lambda *_, **__: None)
     model_class, config_class, folder, contexts = MEMBERS[member]
     config = config_class.from_pretrained(folder)
     config._attn_implementation = "without_scores"
-    with torch.device("meta"):
-        model = model_class(config).eval()
-        tiles = torch.empty(TILES, 3, config.force_image_size, config.force_image_size)
-        prompt = torch.empty(1, TILES * config.num_image_tokens_per_tile + WORDS, config.text_config.hidden_size)
-    tower = peak_of(lambda: model.get_image_features(tiles))
+    num_tokens = TILES * config.num_image_tokens_per_tile + WORDS
     outputs = []
-    with torch.device("meta"):
-        text = peak_of(
-            lambda: outputs.append(model.language_model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1))
-        )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = model_class(config).eval()
+            tiles = torch.empty(TILES, 3, config.force_image_size, config.force_image_size)
+            prompt = {"inputs_embeds": torch.empty(1, num_tokens, config.text_config.hidden_size), "use_cache": True}
+            tower = peak_of(lambda: model.get_image_features(tiles))
+            text = peak_of(lambda: outputs.append(model.language_model(**prompt, logits_to_keep=1)))
+    finally:
+        torch.set_default_dtype(before)
     growing, fixed = cache_bytes(outputs[0].past_key_values)
-    a_token = growing // prompt.shape[1]
+    a_token = growing // num_tokens
     prefill = text - growing - fixed  # the cache has columns of its own
     weights = sum(weight.nbytes for weight in model.parameters())
     layers = [layer for layer in model.language_model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
@@ -136,9 +141,6 @@ def count(member: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    AttentionInterface.register("without_scores", attend_without_scores)
-    AttentionMaskInterface.register("without_scores", lambda *_, **__: None)
-    torch.set_default_dtype(torch.bfloat16)
     rows = []
     for member in MEMBERS:
         counted = count(member)
@@ -146,7 +148,6 @@ def main() -> None:
         for row in counted:
             print("| " + " | ".join(map(str, row.values())) + " |")
         rows += counted
-    torch.set_default_dtype(torch.float32)
     report("memory", rows, clock="none: counted, not measured", tiles=TILES, words=WORDS)
 
 
