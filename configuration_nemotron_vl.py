@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# timm's names in `args.model`, as C-RADIO configs give them: (hidden_size, num_hidden_layers, num_attention_heads).
+# By the timm names that C-RADIO configs have in `args.model`: (hidden_size, num_hidden_layers, num_attention_heads).
 VIT_SIZES = {
     "vit_tiny_patch16_224": (192, 12, 3),
     "vit_small_patch16_224": (384, 12, 6),
@@ -80,7 +80,7 @@ NEMOTRON_NANO_12B_V2 = {
     "bos_token_id": 1,
     "eos_token_id": 12,
 }
-# What transformers' NemotronHConfig saves beside the published keys: its own spelling of the layer pattern, which the
+# What transformers' NemotronHConfig saves beside the published keys: its own form of the layer pattern, which the
 # classes of NVIDIA and vLLM refuse to set, and the settings of layers that the 12B V2 does not have.
 NATIVE_NEMOTRON_H_KEYS = (
     *("layers_block_type", "layer_types", "mtp_layers_block_type", "num_nextn_predict_layers"),
@@ -98,33 +98,21 @@ NEEDED_FOR_V2 = (
     "pip install -U transformers."
 )
 
-# Largest sizes that are taken for sizes: far above every released model, and small enough for building to end.
-LARGEST = {
-    "patch_size": 1024,
-    "max_resolution": 1 << 20,
-    "hidden_size": 1 << 20,
-    "num_hidden_layers": 4096,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "intermediate_size": 1 << 24,
-    "num_cls_tokens": 1 << 16,
-    "num_registers": 1 << 16,
-    "max_image_size": 1 << 20,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 30,
-    "force_image_size": 1 << 14,
-    "vit_hidden_size": 1 << 20,
-    "projector_hidden_size": 1 << 20,
-    "max_sequence_length": 1 << 30,
-    "vision_batch_size": 1 << 30,
-    "mamba_num_heads": 1 << 16,
-    "mamba_head_dim": 1 << 16,
-    "ssm_state_size": 1 << 16,
-    "n_groups": 1 << 16,
-    "conv_kernel": 1 << 10,
-    "chunk_size": 1 << 20,
-}
+# Upper bounds of sizes and of lengths, so that a corrupt config fails before memory is allocated for it. They are far
+# above every released model.
+MAX_SIZE = 1 << 24
+MAX_LENGTH = 1 << 30
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "patch_size", "max_resolution", "max_image_size", "num_cls_tokens", "num_registers"),
+    *("force_image_size", "vit_hidden_size", "projector_hidden_size", "mamba_num_heads", "mamba_head_dim"),
+    *("ssm_state_size", "n_groups", "conv_kernel", "chunk_size"),
+)
+LENGTHS = ("max_position_embeddings", "max_sequence_length", "vision_batch_size")
+
+# The arguments of `from_pretrained` that say where on the Hub, or in a directory, files are found.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 IMAGE_TOKEN = "<image>"
 
@@ -161,11 +149,12 @@ def _agree(name: str, *values_with_sources: tuple[Any, str], default: Any = None
 
 
 def _check_sizes(part: str, values: dict[str, Any]) -> None:
-    """Raise for sizes named in `LARGEST` that are absurd or no whole numbers; None passes."""
-    for name, size in values.items():
-        smallest = 0 if name == "num_registers" else 1
-        if name in LARGEST and size is not None and not (type(size) is int and smallest <= size <= LARGEST[name]):
-            raise ValueError(f"{part}{name} must be a whole number in {smallest}..{LARGEST[name]}, got {size!r}.")
+    """Raise for sizes and lengths that are absurd or no whole numbers; None passes."""
+    largest = {**dict.fromkeys(SIZES, MAX_SIZE), **dict.fromkeys(LENGTHS, MAX_LENGTH)}
+    for name in values.keys() & largest.keys():
+        size, smallest = values[name], 0 if name == "num_registers" else 1
+        if size is not None and not (type(size) is int and smallest <= size <= largest[name]):
+            raise ValueError(f"{part}{name} must be a whole number in {smallest}..{largest[name]}, got {size!r}.")
 
 
 def _check_dtype(part: str, values: dict[str, Any]) -> None:
@@ -179,7 +168,7 @@ def _check_dtype(part: str, values: dict[str, Any]) -> None:
 
 
 def _published_form(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """Spell what transformers 5 renamed the way every version, vLLM and NVIDIA's own code read it."""
+    """Write what transformers 5 renamed the way every version, vLLM and NVIDIA's own code read it."""
     published = dict(config_dict)
     if "dtype" in published:
         published["torch_dtype"] = published.pop("dtype")
@@ -194,7 +183,7 @@ def _published_form(config_dict: dict[str, Any]) -> dict[str, Any]:
 class RADIOConfig(PretrainedConfig):
     """Configuration of the C-RADIOv2 vision transformer.
 
-    Sizes may be given directly or, as published, through `args` in timm's words; given both ways they must agree.
+    Sizes may be given directly or, as published, through `args` under timm's names; given both ways they must agree.
 
     Args:
         args: the training arguments that C-RADIO publishes. Read: `model`, `model_kwargs` (`embed_dim`, `depth`,
@@ -202,7 +191,7 @@ class RADIOConfig(PretrainedConfig):
             `cpe_num_registers`, `model_norm`. Kept as they are for other runtimes.
         version: name of the C-RADIO release.
         patch_size: side of a patch in pixels.
-        max_resolution: largest picture side in pixels.
+        max_resolution: largest image side in pixels.
         preferred_resolution: (height, width) in pixels the tower was tuned for; information only.
         adaptor_names: teacher heads to attach; only None is supported, features do not depend on them.
         vitdet_window_size: window attention; only None is supported.
@@ -216,13 +205,10 @@ class RADIOConfig(PretrainedConfig):
         num_registers: register tokens after the class tokens.
         summary_idxs: class tokens that form the summary output.
         use_final_norm: LayerNorm after the last block (`args.model_norm`); False in the released models.
-        max_image_size: side in pixels of the square picture the position table covers (`args.cpe_max_size`).
-        external_normalization: the pictures come normalised, and the input conditioner leaves them as they are (12B
+        max_image_size: side in pixels of the square image that the position table covers (`args.cpe_max_size`).
+        external_normalization: the images come normalised, and the input conditioner leaves them as they are (12B
             V2, where RADIO calls it an external preprocessor).
         align_corners: sampling of the position-table resize; True is what the published tower code does.
-        random_position_crop: in training, sample the position table at random crops, as C-RADIO was trained.
-            Off by default: fine-tuning sees the positions that inference sees.
-        position_dropout: share of samples whose positions are dropped when `random_position_crop` is on.
         norm_mean, norm_std: RGB statistics of the input conditioner, for pixels in 0..1.
         initializer_range: standard deviation of fresh weights.
 
@@ -255,8 +241,6 @@ class RADIOConfig(PretrainedConfig):
         max_image_size: int | None = None,
         external_normalization: bool = False,
         align_corners: bool = True,
-        random_position_crop: bool = False,
-        position_dropout: float = 0.1,
         norm_mean: tuple[float, float, float] = CLIP_MEAN,
         norm_std: tuple[float, float, float] = CLIP_STD,
         initializer_range: float = 0.02,
@@ -278,8 +262,6 @@ class RADIOConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.external_normalization = external_normalization
         self.align_corners = align_corners
-        self.random_position_crop = random_position_crop
-        self.position_dropout = position_dropout
         self.norm_mean = list(norm_mean)
         self.norm_std = list(norm_std)
         self.initializer_range = initializer_range
@@ -419,7 +401,7 @@ class NemotronVLConfig(PretrainedConfig):
             tokenizer files beside the config.
         max_sequence_length: context window in tokens, prompt and answer together.
         vision_batch_size: most tiles that run through the tower at once, in forward, generate and chat; bounds the
-            memory of many or large pictures. None runs all at once.
+            memory of many or large images. None runs all at once.
 
     Raises:
         ValueError: for contradictions, with both values.
@@ -460,10 +442,9 @@ class NemotronVLConfig(PretrainedConfig):
             )
         _check_dtype("", kwargs)
         # The model class is called like the model type, in the configs that NVIDIA publishes and here.
-        doors = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
         kwargs["auto_map"] = {
             "AutoConfig": f"configuration_nemotron_vl.{type(self).__name__}",
-            **dict.fromkeys(doors, f"modeling_nemotron_vl.{self.model_type}"),
+            **dict.fromkeys(AUTO_CLASSES, f"modeling_nemotron_vl.{self.model_type}"),
         }
         llm_config = _agree(
             "the language model", (llm_config, "llm_config"), (kwargs.pop("text_config", None), "text_config")
@@ -567,8 +548,7 @@ class NemotronVLConfig(PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        hub_names = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, LookupError) as error:  # of an entry that is no dict
@@ -608,7 +588,7 @@ class NemotronVLConfig(PretrainedConfig):
         return published
 
     def _published_llm_config(self, llm_config: dict[str, Any]) -> dict[str, Any]:
-        """Return the saved form of the language model's config in the published words."""
+        """Return the saved form of the language model's config under the published keys."""
         return llm_config
 
 
@@ -617,12 +597,12 @@ class NemotronVLV2Config(NemotronVLConfig):
 
     What differs from the 8B V1: the language model is a hybrid of Mamba2, MLP and attention layers, tiles come
     normalised from the image processor, and the config also names the tokens, the statistics of that normalisation and
-    what other runtimes need for video. The early spelling `image_context_token_id` is read as `img_context_token_id`.
+    what other runtimes need for video. The early name `image_context_token_id` is read as `img_context_token_id`.
 
     Args:
         use_thumbnail: as the image processor; for other runtimes.
         norm_mean, norm_std: RGB statistics, for pixels in 0..1, that the tiles are normalised with.
-        img_context_token, video_context_token, img_start_token, img_end_token: the tokens in words.
+        img_context_token, video_context_token, img_start_token, img_end_token: the tokens as text.
         video_context_token_id: id of the video token; kept for other runtimes.
         video_pruning_rate: share of video tokens to drop; kept for other runtimes.
         kwargs: as for `NemotronVLConfig`.
@@ -684,7 +664,7 @@ class NemotronVLV2Config(NemotronVLConfig):
             return
         if not isinstance(pattern, str) or set(pattern) - set("M*-E") or not pattern:
             raise ValueError(
-                f"llm_config.hybrid_override_pattern must spell the layers with M (Mamba), * (attention) and - (MLP), got "
+                f"llm_config.hybrid_override_pattern must write the layers with M (Mamba), * (attention) and - (MLP), got "
                 f"{pattern!r:.80}."
             )
         if "E" in pattern:
@@ -694,7 +674,6 @@ class NemotronVLV2Config(NemotronVLConfig):
             (len(pattern), "the length of llm_config.hybrid_override_pattern"),
             (llm_config.get("num_hidden_layers"), "llm_config.num_hidden_layers"),
         )
-        _check_sizes("llm_config.", {"num_hidden_layers": len(pattern)})
 
     @classmethod
     def _build_vision_config(cls, vision_config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:

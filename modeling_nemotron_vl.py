@@ -1,27 +1,23 @@
-"""Nemotron Nano VL, 8B V1 and 12B V2: pictures and text to logits, text and conversations.
+"""Nemotron Nano VL, 8B V1 and 12B V2: images and text to logits, and generation.
 
 tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`) -> rows of the prompt's embeddings
 -> language model (`language_model`). Module names are the keys of the published checkpoints.
 
-`NemotronVLModel` is everything the two have in common; the two classes at the end, called as the published
-architectures, state what each has of its own.
+`NemotronVLForConditionalGeneration` is everything the two have in common. The two classes at the end have the names of
+the published architectures and state what is particular to each.
 """
 
 import contextlib
-import copy
-import inspect
 import operator
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig, TextIteratorStreamer
+from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,16 +26,16 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
-from .chat_cache import ChatCache
-from .configuration_nemotron_vl import MIXTURE_OF_EXPERTS, NemotronVLConfig, NemotronVLV2Config
+from .chat import ChatMixin
+from .checkpoint import Checkpoint, StrictPreTrainedModel
+from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
-from .image_processing import undo_normalization
 from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
-from .processing_nemotron_vl import THINK_START, ChatPrompt, build_chat_prompts, image_token_id_of, split_reasoning
-from .quantization_nemotron_vl import TensorHeader, load_config, prepare_loading, read_checkpoint
-from .radio_model import RADIOModel, RADIOModelOutput, StrictPreTrainedModel, check_index
+from .prompts import V1_FORMAT, V2_FORMAT
+from .quantization_nemotron_vl import prepare_loading
+from .radio_model import RADIOModel, RADIOModelOutput
 from .triton_kernels import runs_kernels
 
 try:
@@ -49,17 +45,10 @@ except ImportError:  # transformers 4.57, on which the config of the 12B V2 says
 
 logger = logging.get_logger(__name__)
 
-# Answers that ask for no length get this many tokens, as in the examples of the model card.
-DEFAULT_MAX_NEW_TOKENS = 1024
 # How far outside 0..1 a pixel may lie: rounding of bfloat16 tiles.
 PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
-PREFIX_TOKENS = "vision_model.radio_model.model.patch_generator.cls_token.token"
-
-
-# transformers 5 asks remote code for its signature in every step of a generation, and spares its own language models.
-REMOTE_CODE_IS_ASKED = hasattr(PreTrainedModel, "is_remote_code")
 
 
 @dataclass
@@ -72,21 +61,6 @@ class NemotronVLOutput(CausalLMOutputWithPast):
     """
 
     image_hidden_states: torch.Tensor | None = None
-
-    # Every step of a generation makes an output. `ModelOutput` would list all fields for each value that it enters, and
-    # again at the end; the same entries and attributes come out of this.
-
-    def __post_init__(self) -> None:
-        if self.logits is None:  # made of pairs, as `DataParallel` does, or of a loss alone
-            super().__post_init__()
-            if self.loss is None and "loss" in self:  # transformers 4.57 leaves the pairs under the first name
-                super(ModelOutput, self).__delitem__("loss")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if value is not None and name in self.__dataclass_fields__:
-            self[name] = value  # sets the attribute as well
-        else:
-            object.__setattr__(self, name, value)
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -116,11 +90,30 @@ def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
     return blocks.reshape(num_tiles, merged_height, merged_width, merge_size**2 * hidden_size)
 
 
+class ProjectorRMSNorm(nn.Module):
+    """RMSNorm with everything, also the multiplication by the weight, in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features_float = features.float()
+        scale = torch.rsqrt(features_float.square().mean(-1, keepdim=True) + self.eps)
+        return (features_float * scale * self.weight.float()).to(features.dtype)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(features).square()
+
+
 class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     """What loading, placing and training need to know about the model."""
 
     config: NemotronVLConfig
-    base_model_prefix = "backbone"  # of no attribute and no weight: transformers 4.57 would rename weights after it
+    base_model_prefix = "backbone"  # names no attribute on purpose: 4.57 strips this prefix from the names of weights
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -154,47 +147,31 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
                 kwargs["attn_implementation"] = "flash_attention_2"
             else:
                 logger.warning("use_flash_attn=True, but flash-attn is not installed here; attention runs on sdpa.")
-        check_index(Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", "")))  # read by the next line
-        headers = read_checkpoint(pretrained_model_name_or_path, kwargs)
-        kwargs, dequantization = prepare_loading(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
-        _check_tensors(cls.config_class, pretrained_model_name_or_path, kwargs, headers)
-        with _naming_the_install():
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if dequantization is not None:
-            dequantization.finish(model)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         subfolder = kwargs.get("subfolder")
         if subfolder and kwargs.get("generation_config") is None and os.path.isdir(pretrained_model_name_or_path):
             # transformers reads the generation config of a local directory's root instead of its subfolder's.
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
             with contextlib.suppress(OSError):  # there is none
                 folder = os.path.join(pretrained_model_name_or_path, subfolder)
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         return loaded
 
-
-@contextlib.contextmanager
-def _naming_the_install() -> Iterator[None]:
-    """Add the remedy to transformers' error for an attention whose package is absent."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        if not str(error).startswith("FlashAttention"):
-            raise
-        raise ImportError(
-            f"{error} Install it (`pip install flash-attn --no-build-isolation`, it needs CUDA), or leave "
-            "attn_implementation out: the default, sdpa, needs nothing."
-        ) from error
+    @classmethod
+    def _prepare_loading(
+        cls, checkpoint: Checkpoint, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
+        return prepare_loading(checkpoint, kwargs)
 
 
-class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
+class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
     """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
 
     Args:
         config: a `NemotronVLConfig`, or the one of the member of the family.
     """
 
-    takes_levels = True  # uint8 tiles, rescaled where the tower is
-    numbers_images = False  # in front of a question of `chat()`, see `leading_images`
+    accepts_uint8_tiles = True  # rescaled on the tower's device
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -214,31 +191,32 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
         """Return the language model with fresh weights."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     @staticmethod
     def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
         """Return the modules of `mlp1`, from merged patches to the width of the language model."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     def _pixel_limits(self) -> tuple[float, float, str]:
         """Return the smallest and the largest value of a tile, and what to do about others."""
-        raise NotImplementedError("NemotronVLModel is no model by itself; take one of its two members.")
+        raise NotImplementedError(
+            "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
+        )
 
     @property
-    def model(self) -> "ModelWithoutHead":
+    def model(self) -> "NemotronVLModel":
         """The model without its head, under the field's usual name."""
-        return ModelWithoutHead(self)
+        return NemotronVLModel(self)
 
     @property
-    def base_model(self) -> "ModelWithoutHead":
+    def base_model(self) -> "NemotronVLModel":
         """The model without its head, under transformers' name."""
         return self.model
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The language model; `nn.Module` would search three dictionaries for it, twice in a step of a generation."""
-        return self._modules["language_model"]
 
     @property
     def vision_tower(self) -> RADIOModel:
@@ -289,7 +267,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
-                The 8B V1 also takes uint8 levels (`do_rescale=False` of the image processor), rescaled on its device.
+                The 8B V1 also takes uint8 tiles (`do_rescale=False` of the image processor), rescaled on its device.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -301,11 +279,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
         """
-        _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
-        if pixel_values.dtype == torch.uint8 and not self.takes_levels:
-            raise ValueError(
-                "pixel_values are uint8 levels, but this model takes tiles that its image processor normalised."
-            )
+        self._check_images(pixel_values)
+        if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
+            raise ValueError("pixel_values are uint8, but this model takes tiles that its image processor normalised.")
         num_tiles = len(pixel_values)
         tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
         if sum(tiles_per_image) != num_tiles:
@@ -331,6 +307,14 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attentions=_join_layers([tower.attentions for tower in towers]),
         )
 
+    def _check_images(self, pixel_values: Any, visual_features: Any = None) -> None:
+        """Raise if tiles, or the features given instead of them, have another shape than the model takes."""
+        if visual_features is None:
+            _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        else:
+            width = self.config.vit_hidden_size * self.config.merge_size**2
+            _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", width)
+
     def _vision_batch_size(self, num_tiles: int) -> int:
         size = self.config.vision_batch_size  # may have been set on the config after loading
         if size is None:
@@ -342,26 +326,20 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
     def _encode_tiles(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple[RADIOModelOutput, torch.Tensor]:
         """Return the tower's output for some tiles and their tokens, `(num_tiles, tokens_per_tile, hidden_size)`."""
         pixel_values = _move(pixel_values, self.vision_model.device)
-        if pixel_values.dtype == torch.uint8:  # levels travel in a quarter of the bytes
+        if pixel_values.dtype == torch.uint8:  # moved in a quarter of the bytes
             pixel_values = pixel_values * (1 / 255)
         tower = self.vision_model(pixel_values, **kwargs)
-        grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
-        return tower, self._project(self._merge_patches(tower.features, grid_height, grid_width))
-
-    def _merge_patches(self, features: torch.Tensor, grid_height: int, grid_width: int) -> torch.Tensor:
-        """`(num_tiles, patches, vit_hidden_size)` -> `(num_tiles, tokens, vit_hidden_size * merge_size**2)`."""
-        grid = features.unflatten(1, (grid_height, grid_width))
-        merged = pixel_shuffle(grid, self.config.merge_size)
+        grid_size = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
+        merged = pixel_shuffle(tower.features.unflatten(1, grid_size), self.config.merge_size)
         if self.config.ps_version == "v1":  # CODEPATH: early InternVL-style exports, whose tokens run down columns
             merged = merged.transpose(1, 2)
-        return merged.flatten(1, 2)
-
-    def _projector_norm(self) -> torch.Tensor:
-        """The LayerNorm's weight, which tells the projector's input: it is never quantised, a Linear's may be."""
-        return next(self.mlp1.parameters())  # not mlp1[0]: PEFT's modules_to_save wraps the Sequential
+        return tower, self._project(merged.flatten(1, 2))
 
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
-        return self.mlp1(merged.to(self._projector_norm().dtype))
+        """Project merged patches, `(num_tiles, tokens, width)`, on the device and in the dtype of the projector."""
+        # The weight of the norm, which is never quantised; not mlp1[0], because PEFT's modules_to_save wraps mlp1.
+        weight = next(self.mlp1.parameters())
+        return self.mlp1(_move(merged, weight.device).to(weight.dtype))
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -396,7 +374,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return inputs_embeds.masked_scatter(mask, image_features)
 
-    def _embed(
+    def _language_model_inputs(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
@@ -411,7 +389,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         That is the embedded prompt with its images in place; without images the ids, which it embeds by itself.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass either input_ids or inputs_embeds to forward, not both and not neither.")
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds to forward.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
@@ -423,7 +401,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
             self._check_no_images(input_ids)
         if inputs_embeds is None:
-            if image_features is None and not self._is_spread:
+            if image_features is None and not self._is_on_several_devices:
                 return {"input_ids": input_ids}, None
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
@@ -431,7 +409,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         return {"inputs_embeds": inputs_embeds}, image_features
 
     @property
-    def _is_spread(self) -> bool:
+    def _is_on_several_devices(self) -> bool:
         """Whether a device map lays the model over several devices."""
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
@@ -450,6 +428,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             )
         return self.config.image_token_id
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -475,7 +454,8 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
             position_ids: `(batch_size, sequence_length)`.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
-            past_key_values: cache of earlier tokens; over one, image tokens without images are words that were written.
+            past_key_values: cache of earlier tokens. With a cache, image tokens that come without pixels are ordinary
+                text.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
             use_cache: return the cache.
@@ -488,8 +468,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        return_dict = kwargs.pop("return_dict", None)
-        prompt, image_features = self._embed(
+        prompt, image_features = self._language_model_inputs(
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
@@ -509,7 +488,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        output = NemotronVLOutput(
+        return NemotronVLOutput(
             loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
@@ -517,9 +496,6 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
-        if return_dict is None:  # transformers' `can_return_tuple` would read the config in every step
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def generate(
@@ -552,13 +528,10 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
-            self._room_after(input_ids.shape[1])  # before the tower runs
+            self._tokens_left_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
-            _check_shape(
-                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
-            )
-            projected = self._project(_move(visual_features, self._projector_norm().device))
-            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(projected))
+            self._check_images(None, visual_features)
+            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(visual_features)))
         elif pixel_values is not None:
             if pixel_values.dtype != torch.uint8:
                 _check_pixel_range(pixel_values, *self._pixel_limits())
@@ -592,7 +565,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
 
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
         return (
-            not self._is_spread
+            not self._is_on_several_devices
             and not self._is_stateful
             and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
@@ -619,7 +592,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
         return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
 
-    def _room_after(self, prompt_length: int) -> int:
+    def _tokens_left_after(self, prompt_length: int) -> int:
         """Return how many tokens the context window leaves for the answer to a prompt.
 
         Raises:
@@ -640,7 +613,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         options = super()._prepare_generated_length(
             *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
-        room = self._room_after(inputs_tensor.shape[1])
+        room = self._tokens_left_after(inputs_tensor.shape[1])
         wanted = options.max_length - input_ids_length  # embeddings alone have no ids
         if wanted > room:
             logger.warning(
@@ -663,8 +636,7 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
         an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
         """
-        owner = self.language_model if REMOTE_CODE_IS_ASKED else super()
-        model_inputs = owner.prepare_inputs_for_generation(
+        model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         start = _num_cached(past_key_values) if prompt_embeds is not None else 0
@@ -721,263 +693,9 @@ class NemotronVLModel(NemotronVLPreTrainedModel, GenerationMixin):
         generator.get_candidates = propose_text
         return generator
 
-    def chat(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None = None,
-        question: str | Sequence[str] | None = None,
-        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
-        history: Sequence[Any] | None = None,
-        return_history: bool = False,
-        num_patches: torch.Tensor | Sequence[Any] | None = None,
-        IMG_START_TOKEN: str = "<img>",
-        IMG_END_TOKEN: str = "</img>",
-        IMG_CONTEXT_TOKEN: str = "<image>",
-        verbose: bool = False,
-        visual_features: torch.Tensor | None = None,
-        system_prompt: str | None = None,
-        *,
-        num_patches_list: torch.Tensor | Sequence[Any] | None = None,
-        streamer: Any | None = None,
-        truncation: str | None = None,
-        enable_thinking: bool | None = None,
-        past_key_values: ChatCache | None = None,
-    ) -> Any:
-        """Answer a question, or a batch of them, about images or text.
 
-        `<image>` in the question and in the questions of the history is the place of an image, one per image in
-        order. A first question without any gets `<image>` and a line feed in front, once per image. All other
-        control tokens in the texts are plain text. Nothing is stored on the model, nothing of the caller's changes.
-
-        Args:
-            tokenizer: the checkpoint's tokenizer, or its processor.
-            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1: the tiles of all images, those of the history
-                first; None for text only.
-            question: one question, or a list for a batch.
-            generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
-            history: earlier `(question, answer)` pairs, for a batch one list per question.
-            return_history: also return the history with this turn appended.
-            num_patches: tiles per image; None takes all tiles as one image. For a batch either flat, shared out by
-                the placeholders (one image each when there are none), or one list per question.
-            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
-            verbose: log the prompt, with the image tokens left out.
-            visual_features: see `generate`; instead of `pixel_values`.
-            system_prompt: text of a system block in front.
-            num_patches_list: InternVL's name of `num_patches`.
-            streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
-            truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
-                answer fit the context, and says so; None raises instead.
-            enable_thinking: have the 12B V2 reason before it answers, or not; None leaves it to `/think` and `/no_think`
-                in the texts. The answer holds the reasoning (`split_reasoning` parts them), the history does not.
-            past_key_values: a cache from `chat_cache()`, brought up to date in place. The answer is the one without
-                it; what the prompt has in common with the last one that went through it is not computed again, its
-                pictures neither. Pass all pixels and the history as ever. One question only.
-
-        Returns:
-            the answer; with `return_history` `(answer, history)`; for a batch lists of them.
-
-        Raises:
-            ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
-                fit the context; the message holds the numbers and the remedy.
-        """
-        if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != ("<img>", "</img>", "<image>"):
-            raise ValueError(
-                f"The image tokens of this model are <img>, </img> and <image>, not {IMG_START_TOKEN}, "
-                f"{IMG_END_TOKEN} and {IMG_CONTEXT_TOKEN}. Leave these arguments out."
-            )
-        if truncation not in (None, "oldest_turns"):
-            raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        options, extra_options = self._generation_options(tokenizer, generation_config)
-        if past_key_values is not None:
-            _check_chat_cache(past_key_values, question, options)
-            extra_options["past_key_values"] = past_key_values
-        tiles = visual_features if visual_features is not None else pixel_values
-        if visual_features is not None:
-            _check_shape(
-                "visual_features", visual_features, "(num_tiles, tokens, width)", self._projector_norm().numel()
-            )
-        elif pixel_values is not None:
-            _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
-        prompts = build_chat_prompts(
-            tokenizer,
-            question,
-            history=history,
-            num_tiles=0 if tiles is None else len(tiles),
-            num_patches=num_patches if num_patches is not None else num_patches_list,
-            tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
-            image_token_id=self._chat_image_token_id(tokenizer),
-            image_tag_type=self.config.image_tag_type,
-            # InternVL clients set their system prompt on the model.
-            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
-            max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
-            numbers_images=self.numbers_images,
-            enable_thinking=enable_thinking,
-        )
-        if tiles is not None:
-            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
-        if verbose:
-            logger.warning("\n".join(prompt.text for prompt in prompts))
-        answers = self._answer(
-            tokenizer, prompts, options, streamer, tiles, visual_features is not None, extra_options
-        )
-        results = [
-            (answer, [*prompt.history, (prompt.question, _to_remember(prompt, answer))]) if return_history else answer
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        if isinstance(question, str):
-            return results[0]
-        return tuple(map(list, zip(*results, strict=True))) if return_history else results
-
-    def _generation_options(
-        self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Return a fresh `GenerationConfig` with the chat's defaults, and what of a dict does not belong into one."""
-        if isinstance(generation_config, GenerationConfig):
-            options, given = copy.deepcopy(generation_config), {}
-        else:
-            options, given = copy.deepcopy(self.generation_config), dict(generation_config or {})
-            options.eos_token_id = tokenizer.eos_token_id
-        extra_options = options.update(**given)
-        if options.eos_token_id is None:
-            options.eos_token_id = tokenizer.eos_token_id
-        if options.pad_token_id is None:
-            pad, eos = tokenizer.pad_token_id, options.eos_token_id
-            options.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
-        if options.max_new_tokens is None and options.max_length == GenerationConfig().max_length:
-            options.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
-        if (options.num_return_sequences or 1) > 1:
-            raise ValueError(
-                f"chat() gives one answer per question, but num_return_sequences={options.num_return_sequences}. "
-                "Call generate() for several."
-            )
-        return options, extra_options
-
-    def _longest_prompt(self, max_new_tokens: int) -> int:
-        window = self.config.max_sequence_length
-        if max_new_tokens >= window:
-            raise ValueError(
-                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of {window} tokens, so "
-                "truncation='oldest_turns' cannot say which turns fit. Ask for fewer."
-            )
-        return window - max_new_tokens
-
-    def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
-        if visual_features is not None:
-            return visual_features.shape[1]
-        if pixel_values is None:
-            return self.config.num_image_tokens_per_tile
-        height, width = pixel_values.shape[-2:]
-        side = self.config.patch_size * self.config.merge_size
-        if height % side or width % side:
-            raise ValueError(
-                f"pixel_values holds tiles of {height}x{width} px, whose sides are not multiples of {side} px. Cut "
-                f"tiles of {self.config.force_image_size} px with this checkpoint's image processor."
-            )
-        return (height // side) * (width // side)
-
-    def _chat_image_token_id(self, tokenizer: Any) -> int:
-        token_id = image_token_id_of(tokenizer)
-        if self.config.image_token_id not in (None, token_id):
-            raise ValueError(
-                f"The tokenizer's <image> has id {token_id}, but config.img_context_token_id is "
-                f"{self.config.image_token_id}. Load tokenizer and model from the same checkpoint."
-            )
-        return token_id
-
-    def _answer(
-        self,
-        tokenizer: Any,
-        prompts: list[ChatPrompt],
-        options: GenerationConfig,
-        streamer: Any | None,
-        tiles: torch.Tensor | None,
-        tiles_are_features: bool,
-        extra_options: dict[str, Any],
-    ) -> list[str]:
-        """Generate for left-padded prompts and decode each answer up to its end token."""
-        width = max(len(prompt.input_ids) for prompt in prompts)
-        paddings = [width - len(prompt.input_ids) for prompt in prompts]
-        pad = options.pad_token_id
-        ids = [[pad] * n + prompt.input_ids for n, prompt in zip(paddings, prompts, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in paddings]
-        device = self.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move them on
-        cache = extra_options.get("past_key_values")
-        new_tiles = tiles
-        if isinstance(cache, ChatCache):
-            kept_tiles = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
-            new_tiles = tiles[kept_tiles:] if tiles is not None and kept_tiles < len(tiles) else None
-        kind = "visual_features" if tiles_are_features else "pixel_values"
-        images = {kind: new_tiles} if new_tiles is not None else {}
-        if options.stop_strings is not None:
-            extra_options = {"tokenizer": tokenizer, **extra_options}
-        output = self.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=options,
-            streamer=streamer,
-            **images,
-            **extra_options,
-        )
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if isinstance(cache, ChatCache):
-            cache.remember(sequences[0].tolist(), tiles)
-        return [
-            tokenizer.decode(_before_end(new_ids, options), skip_special_tokens=False).strip()
-            for new_ids in sequences[:, width:].tolist()
-        ]
-
-    def chat_cache(self) -> ChatCache:
-        """Return an empty cache for `past_key_values` of `chat`; the caller holds it, the model does not.
-
-        Raises:
-            ValueError: for the 12B V2.
-        """
-        if self._is_stateful:
-            raise ValueError(
-                "The Mamba layers of this model cannot go back to where a new prompt differs from the last one, so "
-                "chat() keeps no cache. Keep the pictures' features: generate(..., mm_encoder_outputs=...)."
-            )
-        return ChatCache()
-
-    def chat_stream(
-        self,
-        tokenizer: Any,
-        pixel_values: torch.Tensor | None = None,
-        question: str | None = None,
-        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
-
-        The generation runs in a thread of its own. It ends when the loop over the pieces is left or the iterator is
-        closed (before the next token), and what `chat` raises is raised in the loop.
-
-        Args:
-            tokenizer, pixel_values, question, generation_config: as for `chat`.
-            kwargs: further arguments of `chat`, except `streamer`.
-        """
-        options, _ = self._generation_options(getattr(tokenizer, "tokenizer", tokenizer), generation_config)
-        stream = _AnswerStream(getattr(tokenizer, "tokenizer", tokenizer), options)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream") as pool:
-            answer = pool.submit(
-                self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
-            )
-            answer.add_done_callback(lambda _: stream.end())  # also after an error: nobody waits for ever
-            try:
-                yield from stream
-                answer.result()
-            finally:
-                stream.abandoned = True
-
-
-# transformers 4.57 asks every model for its signature in every step, and finds a stored one sooner.
-NemotronVLModel.forward.__signature__ = inspect.signature(NemotronVLModel.forward)
-
-
-class ModelWithoutHead:
-    """A model without its head: prompts and pictures to hidden states.
+class NemotronVLModel:
+    """A model without its head: prompts and images to hidden states.
 
     TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
     of a long page never exist at once. This is a view and no module: the weights keep their published names.
@@ -986,7 +704,7 @@ class ModelWithoutHead:
         whole: the model.
     """
 
-    def __init__(self, whole: NemotronVLModel):
+    def __init__(self, whole: NemotronVLForConditionalGeneration):
         self._whole = whole
 
     def __call__(
@@ -1004,12 +722,12 @@ class ModelWithoutHead:
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
 
-        Args: as for `NemotronVLModel.forward`, without `labels` and `logits_to_keep`.
+        Args: as for `NemotronVLForConditionalGeneration.forward`, without `labels` and `logits_to_keep`.
 
         Returns:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
         """
-        prompt, _ = self._whole._embed(
+        prompt, _ = self._whole._language_model_inputs(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -1022,33 +740,97 @@ class ModelWithoutHead:
         return decoder(**prompt, attention_mask=attention_mask, return_dict=True, **kwargs)
 
 
-class _AnswerStream(TextIteratorStreamer):
-    """Passes an answer on without its end token, and stops the generation once nobody reads any more."""
+class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
+    """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
 
-    def __init__(self, tokenizer: Any, options: GenerationConfig):
-        super().__init__(tokenizer, skip_prompt=True)
-        self.options = options
-        self.abandoned = False
+    config: NemotronVLConfig
+    config_class = NemotronVLConfig
+    prompt_format = V1_FORMAT
+    # Sharders refuse a name that no module has, so each member names its own blocks.
+    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
-    def put(self, value: torch.Tensor) -> None:
-        if self.abandoned:
-            raise RuntimeError("The answer is not read any more.")  # ends generate(); chat_stream keeps it to itself
-        if self.next_tokens_are_prompt:
-            super().put(value)
-        elif new_ids := _before_end(value.flatten().tolist(), self.options):
-            super().put(torch.tensor(new_ids))
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        # For None, transformers writes "sdpa" there.
+        text_config._attn_implementation = text_config._attn_implementation or default_attention()
+        return LlamaForCausalLM(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            nn.LayerNorm(merged_size),
+            nn.Linear(merged_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, text_size),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        remedy = (
+            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
+            "normalisation of tiles made elsewhere: image_processing.undo_normalization(pixel_values)"
+        )
+        return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
 
 
-def _to_remember(prompt: ChatPrompt, answer: str) -> str:
-    """Return what of an answer the next prompt holds: no reasoning."""
-    thinking = prompt.text.rstrip().endswith(THINK_START)
-    return split_reasoning(answer, thinking)[1] if thinking else answer
+class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
+    """transformers' NemotronH under the published names: `backbone` instead of `model`."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, config: PretrainedConfig):
+        super(NemotronHForCausalLM, self).__init__(config)
+        self.backbone = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for block in self.backbone.layers:
+            if block.block_type == "linear_attention":
+                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
+                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
+                block.mixer.time_step_limit = tuple(config.time_step_limit)
+        self.post_init()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The backbone, under transformers' name."""
+        return self.backbone
 
 
-def _before_end(new_ids: list[int], options: GenerationConfig) -> list[int]:
-    """Return the ids before the first end token."""
-    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
-    return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):  # the published architecture string
+    """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
+
+    The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
+    """
+
+    config: NemotronVLV2Config
+    config_class = NemotronVLV2Config
+    accepts_uint8_tiles = False
+    prompt_format = V2_FORMAT
+    _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
+    _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
+
+    @staticmethod
+    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
+        return NemotronHBackbone(text_config)
+
+    @staticmethod
+    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
+        return [
+            ProjectorRMSNorm(merged_size),
+            nn.Linear(merged_size, hidden_size, bias=False),
+            SquaredReLU(),
+            nn.Linear(hidden_size, text_size, bias=False),
+        ]
+
+    def _pixel_limits(self) -> tuple[float, float, str]:
+        statistics = list(zip(self.config.norm_mean, self.config.norm_std, strict=True))
+        low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
+        return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
+
+    @staticmethod
+    def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
+        """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
+        return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -1097,22 +879,6 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
-def _check_chat_cache(cache: Any, question: Any, options: GenerationConfig) -> None:
-    """Raise if a cache cannot be kept for `chat()`, or not with this question and these options."""
-    if not isinstance(cache, ChatCache):
-        raise TypeError(
-            f"past_key_values of chat() must be a cache from model.chat_cache(), which knows the ids that it holds, "
-            f"got {type(cache).__name__}. generate() takes any cache."
-        )
-    if not isinstance(question, str):
-        raise ValueError("past_key_values keeps one conversation. Ask one question (a string) at a time.")
-    if (options.num_beams or 1) > 1 or options.use_cache is False:
-        raise ValueError(
-            f"past_key_values cannot be kept with num_beams={options.num_beams}, use_cache={options.use_cache}. Leave "
-            "both out, or past_key_values."
-        )
-
-
 def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
     """Raise if the prompt's image tokens and the images' features differ in number."""
     message = (
@@ -1132,162 +898,6 @@ def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float
     low, high = (float(value) for value in pixel_values.aminmax())
     if not (low >= lowest and high <= highest):
         raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
-
-
-def _check_tensors(
-    config_class: type[PretrainedConfig],
-    pretrained_model_name_or_path: Any,
-    kwargs: dict[str, Any],
-    headers: dict[str, TensorHeader],
-) -> None:
-    """Raise for the weights of the omni model, and for other class and register tokens than the config counts."""
-    if any(".mixer.experts." in name for name in headers):
-        raise ValueError(MIXTURE_OF_EXPERTS)
-    token = headers.get(PREFIX_TOKENS)
-    if token is None:
-        return
-    config, _ = load_config(config_class, pretrained_model_name_or_path, kwargs)
-    stored, counted = token.shape[0], config.vision_config.num_prefix_tokens
-    if stored != counted:
-        raise ValueError(
-            f"{PREFIX_TOKENS} holds {stored} class and register tokens, but vision_config counts {counted} "
-            f"(num_cls_tokens={config.vision_config.num_cls_tokens}, num_registers="
-            f"{config.vision_config.num_registers}). `python -m tools.adopt` writes the count of the tensor into the "
-            "config."
-        )
-
-
-class _OneNotice:
-    """A filter for transformers' logger: says once, instead of once for each of its functions, that kernels are missing."""
-
-    def __init__(self) -> None:
-        self.said = False
-
-    def filter(self, record: Any) -> bool:
-        if "is falling back to its reference PyTorch implementation" not in str(record.msg):
-            return True
-        record.msg = (
-            "The Mamba layers run in plain torch: correct, but slower than the CUDA kernels of `mamba-ssm` and "
-            "`causal-conv1d`, which are not installed here."
-        )
-        is_first, self.said = not self.said, True
-        return is_first
-
-
-_ONE_NOTICE = _OneNotice()
-
-
-class Llama_Nemotron_Nano_VL(NemotronVLModel):  # the published architecture string
-    """The 8B V1: Llama 3.1, and tiles in 0..1, which the tower normalises."""
-
-    config: NemotronVLConfig
-    config_class = NemotronVLConfig
-    # Sharders refuse a name that no module has, so each member names its own blocks.
-    _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
-
-    @staticmethod
-    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        # For None, transformers writes "sdpa" there.
-        text_config._attn_implementation = text_config._attn_implementation or default_attention()
-        return LlamaForCausalLM(text_config)
-
-    @staticmethod
-    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
-        return [
-            nn.LayerNorm(merged_size),
-            nn.Linear(merged_size, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, text_size),
-        ]
-
-    def _pixel_limits(self) -> tuple[float, float, str]:
-        function = f"{undo_normalization.__module__.rsplit('.', 1)[-1]}.{undo_normalization.__name__}(pixel_values)"
-        remedy = (
-            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
-            f"normalisation of tiles made elsewhere: {function}"
-        )
-        return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
-
-
-class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
-    """transformers' NemotronH under the published names: `backbone` instead of `model`."""
-
-    base_model_prefix = "backbone"
-
-    def __init__(self, config: PretrainedConfig):
-        super(NemotronHForCausalLM, self).__init__(config)
-        self.backbone = NemotronHModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for block in self.backbone.layers:
-            if block.block_type == "linear_attention":
-                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
-                block.mixer.time_step_limit = tuple(config.time_step_limit)
-        self.post_init()
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The backbone, under transformers' name."""
-        return self.backbone
-
-
-class ProjectorRMSNorm(nn.Module):
-    """RMSNorm with everything, also the multiplication by the weight, in float32."""
-
-    def __init__(self, hidden_size: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        features_float = features.float()
-        scale = torch.rsqrt(features_float.square().mean(-1, keepdim=True) + self.eps)
-        return (features_float * scale * self.weight.float()).to(features.dtype)
-
-
-class SquaredReLU(nn.Module):
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return nn.functional.relu(features).square()
-
-
-class NemotronH_Nano_VL_V2(NemotronVLModel):  # the published architecture string
-    """The 12B V2: a hybrid of Mamba2, MLP and attention layers, and tiles that the image processor normalises.
-
-    The Mamba layers run on `mamba-ssm` and `causal-conv1d` where these are installed, and in plain torch elsewhere.
-    """
-
-    config: NemotronVLV2Config
-    config_class = NemotronVLV2Config
-    takes_levels = False
-    numbers_images = True
-    _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
-    _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
-
-    @staticmethod
-    def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        logging.get_logger("transformers.integrations.hub_kernels").addFilter(_ONE_NOTICE)
-        return NemotronHBackbone(text_config)
-
-    @staticmethod
-    def _build_projector(merged_size: int, hidden_size: int, text_size: int) -> list[nn.Module]:
-        return [
-            ProjectorRMSNorm(merged_size),
-            nn.Linear(merged_size, hidden_size, bias=False),
-            SquaredReLU(),
-            nn.Linear(hidden_size, text_size, bias=False),
-        ]
-
-    def _pixel_limits(self) -> tuple[float, float, str]:
-        statistics = list(zip(self.config.norm_mean, self.config.norm_std, strict=True))
-        low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
-        high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
-        return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
-
-    @staticmethod
-    def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
-        """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
-        return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
 
 
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

@@ -1,14 +1,9 @@
-"""From messages and pictures to prompt ids and tiles: the text half of Nemotron Nano VL, and its `AutoProcessor`.
+"""The `AutoProcessor` of Nemotron Nano VL: from messages and images to prompt ids and tiles.
 
-A prompt is rendered by the tokenizer's chat template, its `<image>` placeholders are expanded to the tiles of their
-pictures, and the ids are put together piece by piece: image runs are spliced in as numbers, text is tokenised once.
-
-User text is data. Before a conversation is rendered, every control token inside it (`<image>`, `<|eot_id|>`, ...) is
-split by a marker character, and the prompt is tokenised between the markers, so that no text can forge a turn, an
-image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` both go this way.
+A prompt is rendered by the chat template, its `<image>` placeholders are expanded to the tiles of their images
+(prompts.py), and the images are cut into tiles (image_processing.py). Options, padding and templates are sorted out here.
 """
 
-import bisect
 import inspect
 import json
 import math
@@ -16,17 +11,15 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import logging
 from transformers.utils.chat_template_utils import (
     DocstringParsingException,
     TypeHintParsingException,
@@ -36,28 +29,30 @@ from transformers.utils.chat_template_utils import (
 
 from .image_processing import OPTIONS as IMAGE_OPTIONS
 from .image_processing import NemotronVLImageProcessor
+from .prompts import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    V1_FORMAT,
+    V2_FORMAT,
+    ControlTokenGuard,
+    PromptFormat,
+    PromptIds,
+    PromptPieces,
+    encode_prompt,
+    flatten_content,
+    image_run,
+    image_token_id_of,
+    private_backend,
+    render_messages,
+    render_run,
+    replacement_offsets,
+    split_content,
+    split_reasoning,
+)
 
-try:
-    from jinja2 import TemplateError
-except ImportError:  # transformers says what to install when a template is rendered
-    TemplateError = ValueError
-
-# What a chat template may raise, besides ValueError and TypeError.
-TEMPLATE_ERRORS = (TemplateError, ArithmeticError, LookupError, AttributeError, RecursionError)
-
-logger = logging.get_logger(__name__)
-
-IMAGE_TOKEN = "<image>"
-IMAGE_START_TOKEN = "<img>"
-IMAGE_END_TOKEN = "</img>"
-THINK_START = "<think>"
-THINK_END = "</think>"
-
-# Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
-PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
-# How templates for several modalities read the parts of a content; others, the published one too, take a string.
+# A template that contains this reads the parts of a content by itself; others, such as the published one, take a string.
 READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
-MAX_NESTING = 100  # levels of lists and dicts in messages and tools
 MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
 TEXT_OPTIONS = (
@@ -71,527 +66,24 @@ TEXT_OPTIONS = (
     "return_text_replacement_offsets",
     "return_tensors",
 )
-# Videos and audio are refused, so what clients of every model say about them changes nothing.
+# Videos and audio are refused, so their options, which some clients always send, are accepted and ignored.
 OTHER_MODALITIES = ("videos", "audio", "audios")
-OPTIONS_OF_OTHERS = ("num_frames", "fps", "do_sample_frames", "video_metadata", "return_metadata", "sampling_rate")
-OPTIONS_OF_OTHERS = (*OPTIONS_OF_OTHERS, "videos_kwargs", "audio_kwargs")
+IGNORED_MEDIA_OPTIONS = (
+    "num_frames",
+    "fps",
+    "do_sample_frames",
+    "video_metadata",
+    "return_metadata",
+    "sampling_rate",
+    "videos_kwargs",
+    "audio_kwargs",
+)
 NESTED_OPTIONS = ("images_kwargs", "text_kwargs", "common_kwargs")
-CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *OPTIONS_OF_OTHERS)
+CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *IGNORED_MEDIA_OPTIONS)
 # What a tokenizer may have been loaded with: AutoTokenizer.from_pretrained(..., padding="max_length", max_length=512).
 TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
-
-
-# Options of transformers' own method that are always on or of no use here.
-ALWAYS_SO = ("sanitize_control_tokens", "load_audio_from_video")
-
-
-class PromptIds(NamedTuple):
-    """Ids of one prompt and, per id, the character of the unexpanded prompt where it starts (None if unasked)."""
-
-    input_ids: list[int]
-    starts: list[int] | None
-
-
-def strings_in(data: Any, depth: int = 0) -> Iterator[str]:
-    """Yield every string inside nested dicts, lists and tuples, dict keys included.
-
-    Raises:
-        ValueError: if something is nested more than 100 levels deep.
-    """
-    if depth > MAX_NESTING:
-        raise ValueError(f"Messages and tools may be nested {MAX_NESTING} levels deep, these go deeper. Flatten them.")
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, (dict, list, tuple)):
-        for item in (*data, *data.values()) if isinstance(data, dict) else data:
-            yield from strings_in(item, depth + 1)
-
-
-class ControlTokenGuard:
-    """Splits the control tokens inside user text, so that tokenising it cannot yield them.
-
-    Args:
-        tokenizer: its added tokens are the control tokens.
-        data: everything the user wrote, nested as it may be; the marker is a character that does not occur in it.
-
-    Raises:
-        ValueError: if `data` is nested too deeply, or leaves no character for the marker.
-    """
-
-    def __init__(self, tokenizer: Any, data: Any):
-        used = set().union(*map(set, strings_in(data)))
-        self.marker = next((chr(code) for code in PRIVATE_USE_CHARACTERS if chr(code) not in used), "")
-        if not self.marker:
-            raise ValueError("The text uses all 65,534 private characters of Unicode's plane 15; one must be free.")
-        tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        # One character where a token starts, ahead of which the token stands: tokens may overlap. (?!) matches nothing.
-        self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, tokens)) or '(?!)'}))(.)", re.DOTALL)
-
-    def protect(self, data: Any, keep_image_token: bool = False) -> Any:
-        """Return `data` with a marker after the first character of every control token in its strings.
-
-        Args:
-            data: a string, or nested dicts and lists of strings and numbers. Templates write the keys of dicts (the
-                parameters of a tool) as they write values, so these are text as well.
-            keep_image_token: leave `<image>` whole: it is a placeholder here.
-
-        Raises:
-            TypeError: for other objects: what a template makes of them cannot be protected.
-        """
-        if isinstance(data, str):
-            data = str.__str__(data)  # a subclass, such as markupsafe's, may change what is joined to it
-            return self._pattern.sub(lambda match: self._split(*match.groups(), keep_image_token), data)
-        if isinstance(data, dict):
-            if not all(isinstance(key, str) for key in data):
-                raise TypeError(f"The keys of messages and tools must be strings, got {list(data)!r:.80}.")
-            return {self.protect(key): self.protect(value, keep_image_token) for key, value in data.items()}
-        if isinstance(data, (list, tuple)):
-            return [self.protect(item, keep_image_token) for item in data]
-        if data is None or isinstance(data, (bool, int, float)):
-            return data
-        raise TypeError(
-            f"Messages, tools and variables of the template hold strings, numbers, lists and dicts, got {data!r:.80} of "
-            f"type {type(data).__name__}. Convert it, an object of a client library with its model_dump()."
-        )
-
-    def _split(self, token: str, start: str, keep_image_token: bool) -> str:
-        return start if keep_image_token and token == IMAGE_TOKEN else start + self.marker
-
-
-def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "internvl") -> list[str | int]:
-    """Spell one image of a prompt: strings are text, integers are counts of the image token.
-
-    Args:
-        num_tiles: tiles of the image, the thumbnail included.
-        tokens_per_tile: visual tokens of a tile, 256 for 512 px.
-        image_tag_type: "internvl": `<img>`, all tokens, `</img>`. "nvlm": every tile behind a tag of its own, the
-            last being the global thumbnail.
-
-    Raises:
-        ValueError: for an unknown `image_tag_type`.
-    """
-    if image_tag_type == "internvl":
-        return [IMAGE_START_TOKEN, num_tiles * tokens_per_tile, IMAGE_END_TOKEN]
-    if image_tag_type != "nvlm":
-        raise ValueError(f"image_tag_type must be 'internvl' or 'nvlm', got {image_tag_type!r}.")
-    run: list[str | int] = ["<Image>"]
-    for tile in range(1, num_tiles):
-        run += [f"<tile_{tile}>", tokens_per_tile]
-    return [*run, "<tile_global_thumbnail>", tokens_per_tile, "</Image>"]
-
-
-def spell_run(run: list[str | int]) -> str:
-    """Write a run as prompt text."""
-    return "".join(piece if isinstance(piece, str) else IMAGE_TOKEN * piece for piece in run)
-
-
-def replacement_offsets(
-    prompt: str, image_runs: Sequence[list[str | int]], marker: str | None = None
-) -> list[dict[str, Any]]:
-    """Tell where the placeholders of a prompt stand, before and after their images are spelled out.
-
-    Args:
-        prompt: rendered text; `<image>` stands for one whole image.
-        image_runs: one run per placeholder, in order, from `image_run`.
-        marker: the character of a `ControlTokenGuard`; it does not count.
-
-    Returns:
-        per image, as transformers names them: `type` "image", `text` the placeholder, `span` its (start, end) in the
-        prompt, `replacement` the image spelled out and `new_span` its (start, end) in the prompt then.
-    """
-    offsets, growth = [], 0
-    for match, run in zip(re.finditer(re.escape(IMAGE_TOKEN), prompt), image_runs, strict=True):
-        start = match.start() - (prompt.count(marker, 0, match.start()) if marker else 0)
-        replacement = spell_run(run)
-        offsets.append(
-            {
-                "type": "image",
-                "text": IMAGE_TOKEN,
-                "span": (start, start + len(IMAGE_TOKEN)),
-                "replacement": replacement,
-                "new_span": (start + growth, start + growth + len(replacement)),
-            }
-        )
-        growth += len(replacement) - len(IMAGE_TOKEN)
-    return offsets
-
-
-def encode_prompt(
-    tokenizer: Any,
-    prompt: str,
-    image_runs: Sequence[list[str | int]],
-    image_token_id: int,
-    marker: str | None = None,
-    return_starts: bool = False,
-) -> PromptIds:
-    """Tokenise a rendered prompt without adding special tokens, each `<image>` replaced by its run.
-
-    Args:
-        tokenizer: a tokenizer with the image tokens.
-        prompt: rendered text; `<image>` stands for one whole image.
-        image_runs: one run per placeholder, in order, from `image_run`.
-        image_token_id: id that fills the runs.
-        marker: the character of a `ControlTokenGuard`; the text on its two sides is tokenised apart.
-        return_starts: also tell where in `prompt` each id starts; needs a fast tokenizer.
-
-    Raises:
-        ValueError: if the number of placeholders differs from the number of runs, the message holds both; or if the
-            text holds half of a surrogate pair.
-    """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"The text holds the lone surrogate {prompt[error.start]!r}, half a character, which no tokenizer takes. "
-            "Decode it anew, or replace it: text.encode('utf-8', 'replace').decode()."
-        ) from error
-    num_placeholders = prompt.count(IMAGE_TOKEN)
-    if num_placeholders != len(image_runs):
-        raise ValueError(
-            f"The prompt has {num_placeholders} {IMAGE_TOKEN} placeholders but {len(image_runs)} images were given. "
-            "Write one placeholder per image, in the order of the images."
-        )
-    ids: list[int] = []
-    starts: list[int] = []
-    text: list[tuple[str, int, bool]] = []  # (piece, start in prompt, piece is spelled out in prompt)
-
-    def flush() -> None:
-        whole = "".join(piece for piece, _, _ in text)
-        if return_starts and whole:
-            encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-            origins = [start + i * spelled for piece, start, spelled in text for i in range(len(piece))]
-            ids.extend(encoding["input_ids"])
-            starts.extend(origins[min(offset, len(origins) - 1)] for offset, _ in encoding["offset_mapping"])
-        elif whole:
-            ids.extend(tokenizer.encode(whole, add_special_tokens=False))
-        text.clear()
-
-    runs = iter(image_runs)
-    position = 0
-    boundary = re.escape(IMAGE_TOKEN) + (f"|{re.escape(marker)}" if marker else "")
-    for match in re.finditer(boundary, prompt):
-        text.append((prompt[position : match.start()], position, True))
-        position = match.end()
-        if match.group() == marker:
-            flush()
-            continue
-        for piece in next(runs):
-            if isinstance(piece, str):
-                text.append((piece, match.start(), False))
-            else:
-                flush()
-                ids.extend([image_token_id] * piece)
-                starts.extend([match.start()] * piece)
-    text.append((prompt[position:], position, True))
-    flush()
-    return PromptIds(ids, starts if return_starts else None)
-
-
-def image_token_id_of(tokenizer: Any) -> int:
-    """Return the tokenizer's id of `<image>`.
-
-    Raises:
-        ValueError: if the tokenizer has no such token.
-    """
-    token_id = tokenizer.get_added_vocab().get(IMAGE_TOKEN)
-    if token_id is None:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no {IMAGE_TOKEN} token. Load the tokenizer of a Nemotron "
-            "Nano VL checkpoint; a plain Llama tokenizer lacks the image tokens."
-        )
-    return token_id
-
-
-def leading_images(num_images: int, numbered: bool) -> str:
-    """Write the placeholders of images in front of a text, a line for each, or numbered on one line (12B V2)."""
-    if not numbered or num_images < 2:
-        return f"{IMAGE_TOKEN}\n" * num_images
-    return " ".join(f"<image {number}>{IMAGE_TOKEN}" for number in range(1, num_images + 1)) + "\n"
-
-
-def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
-    """Part what the 12B V2 wrote into its reasoning and its answer, both stripped.
-
-    Args:
-        text: what the model wrote. The prompt opens the reasoning, so that `<think>` itself may be missing.
-        thinking: the prompt asked for reasoning: a text without `</think>` is reasoning that was cut off.
-
-    Returns:
-        `(reasoning, answer)`; one of them is empty where the model wrote only the other.
-    """
-    reasoning, end, answer = text.partition(THINK_END)
-    if not end and not (thinking or text.lstrip().startswith(THINK_START)):
-        reasoning, answer = "", text
-    return reasoning.strip().removeprefix(THINK_START).strip(), answer.strip()
-
-
-def flatten_content(
-    content: Any, guard: ControlTokenGuard | None = None, images_first: bool = False
-) -> tuple[str, list[Any]]:
-    """Turn the content of a message into one string with `<image>` placeholders, and its images.
-
-    Args:
-        content: see `split_content`.
-        guard: protects the text; None leaves it as it is.
-        images_first: the format of the 12B V2: all images in front, and no line feeds at the start of the text after
-            them. A text that is not protected and says `<image>` itself places them instead.
-
-    Returns:
-        the string, and one picture per image part (None where the part carries none).
-
-    Raises:
-        ValueError, TypeError: see `split_content`.
-    """
-    texts, images = split_content(content, on_lines=not images_first)
-    if not images_first:
-        return IMAGE_TOKEN.join(guard.protect(texts) if guard else texts), images
-    text = "".join(texts)
-    placed = guard is None and IMAGE_TOKEN in text
-    text = guard.protect(text) if guard else text
-    if content is None or isinstance(content, str):
-        return text, images
-    return ("" if placed else leading_images(len(images), numbered=True)) + text.lstrip("\n"), images
-
-
-def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[Any]]:
-    """Split the content of a message into its texts and its images.
-
-    Args:
-        content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
-            the picture under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
-        on_lines: put images on lines of their own, as in training: a line feed follows unless the text brings one.
-
-    Returns:
-        the texts before, between and after the images, each whole, because two harmless parts may join to a control
-        token; and one picture per image part (None where the part carries none).
-
-    Raises:
-        ValueError: for a part of another type; nothing is dropped.
-        TypeError: for content that is neither text nor a list of parts.
-    """
-    parts = [content or ""] if content is None or isinstance(content, str) else content
-    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, (str, dict)) for part in parts):
-        raise TypeError(
-            f"The content of a message must be a string or a list of parts like {{'type': 'text', 'text': ...}}, got "
-            f"{content!r:.80}."
-        )
-    texts, images, after_image = [""], [], False
-    for part in parts:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type")
-        if kind == "text":
-            if not isinstance(part.get("text"), str):
-                raise TypeError(f"A text part needs a string under 'text', got {part!r:.80}.")
-            piece = str.__str__(part["text"])  # as in ControlTokenGuard.protect
-        elif kind in ("image", "image_url"):
-            piece = IMAGE_TOKEN
-        else:
-            raise ValueError(
-                f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
-                "Send a PDF page or a video frame as an image."
-            )
-        texts[-1] += "\n" if after_image and on_lines and not piece.startswith("\n") else ""
-        after_image = kind != "text"
-        if after_image:
-            images.append(_picture_of(part))
-            texts.append("")
-        else:
-            texts[-1] += piece
-    return texts, images
-
-
-def _picture_of(part: dict[str, Any]) -> Any:
-    if part["type"] == "image_url":
-        url = part.get("image_url")
-        return url.get("url") if isinstance(url, dict) else url
-    return next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
-
-
-@dataclass
-class ChatPrompt:
-    """One question of `chat()`, ready to generate from.
-
-    Args:
-        input_ids: the whole prompt.
-        tiles: indices of the tiles it uses, in prompt order.
-        question: the question as it goes into the history, with its placeholders.
-        history: earlier `(question, answer)` pairs that are part of the prompt.
-        text: the rendered prompt, one `<image>` per image.
-    """
-
-    input_ids: list[int]
-    tiles: list[int]
-    question: str
-    history: list[tuple[str, str]]
-    text: str
-
-
-def build_chat_prompts(
-    tokenizer: Any,
-    question: str | Sequence[str],
-    *,
-    history: Sequence[Any] | None,
-    num_tiles: int,
-    num_patches: Any,
-    tokens_per_tile: int,
-    image_token_id: int,
-    image_tag_type: str,
-    system_prompt: str | None = None,
-    max_length: int | None = None,
-    numbers_images: bool = False,
-    enable_thinking: bool | None = None,
-) -> list[ChatPrompt]:
-    """Turn the arguments of `chat()` into one prompt per question.
-
-    Args:
-        tokenizer: with a chat template and the image tokens.
-        question: one question or a batch; `<image>` marks the place of an image.
-        history: `(question, answer)` pairs, for a batch one list per question.
-        num_tiles: tiles given, over all images.
-        num_patches: tiles per image, flat or one list per question; None: all tiles are one image.
-        tokens_per_tile: visual tokens of a tile.
-        image_token_id: id of `<image>`.
-        image_tag_type: see `image_run`.
-        system_prompt: text of a system block.
-        max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
-        numbers_images: number the placeholders that are put in front of a question (12B V2).
-        enable_thinking: variable of the chat template; None leaves it to the texts and the template.
-
-    Raises:
-        ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
-        TypeError: if question or history have another form.
-    """
-    questions = [question] if isinstance(question, str) else question
-    if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(q, str) for q in questions):
-        raise TypeError(f"question must be a string or a non-empty list of strings, got {question!r}.")
-    histories = [history] if isinstance(question, str) else history or [None] * len(questions)
-    if len(histories) != len(questions):
-        raise ValueError(f"{len(questions)} questions need as many histories, got {len(histories)}.")
-    turns = [_check_history(pairs) for pairs in histories]
-    tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
-    prompts, first_tile = [], 0
-    for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
-        text = str.__str__(text)  # as in ControlTokenGuard.protect
-        if not pairs and IMAGE_TOKEN not in text:
-            text = leading_images(len(tile_counts), numbers_images) + text
-        spans = []
-        for count in tile_counts:
-            spans.append(range(first_tile, first_tile + count))
-            first_tile += count
-
-        def prompt_without(num_turns: int, text=text, pairs=pairs, spans=spans) -> ChatPrompt:
-            num_images = sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs[:num_turns])
-            runs = [image_run(len(span), tokens_per_tile, image_tag_type) for span in spans[num_images:]]
-            messages = _chat_messages(text, pairs[num_turns:], system_prompt)
-            ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
-            tiles = [tile for span in spans[num_images:] for tile in span]
-            return ChatPrompt(ids, tiles, text, pairs[num_turns:], rendered)
-
-        prompt = prompt_without(0)
-        if max_length is not None and len(prompt.input_ids) > max_length and pairs:
-            # Bisected: a history of thousands of turns must not be encoded once for each of them.
-            num_dropped = 1 + bisect.bisect_left(
-                range(1, len(pairs)), True, key=lambda number: len(prompt_without(number).input_ids) <= max_length
-            )
-            dropped = pairs[:num_dropped]
-            logger.warning(
-                f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
-                f"oldest of {len(pairs)} turns are dropped, with their "
-                f"{sum(earlier.count(IMAGE_TOKEN) for earlier, _ in dropped)} images, from {dropped[0][0][:60]!r} to "
-                f"{dropped[-1][0][:60]!r}."
-            )
-            prompt = prompt_without(num_dropped)
-        prompts.append(prompt)
-    return prompts
-
-
-def _encode_chat(
-    tokenizer: Any,
-    messages: list[dict[str, str]],
-    runs: list[list[str | int]],
-    image_token_id: int,
-    enable_thinking: bool | None,
-) -> tuple[list[int], str]:
-    """Return the ids of the messages, in which only the user's `<image>` is more than text, and the rendered text."""
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    if options and "enable_thinking" not in tokenizer.get_chat_template():
-        raise ValueError(
-            f"enable_thinking={enable_thinking} has no effect: the tokenizer's chat template does not read it. The 8B V1 "
-            "does not think; a foreign template of the 12B V2 may be told by /think or /no_think in the text."
-        )
-    guard = ControlTokenGuard(tokenizer, messages)
-    safe = [
-        {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
-    ]
-    try:
-        rendered = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True, **options)
-    except TEMPLATE_ERRORS as error:
-        raise ValueError(f"The tokenizer's chat template refuses these messages: {error}") from error
-    ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
-    return ids, rendered.replace(guard.marker, "")
-
-
-def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
-    if not isinstance(system_prompt, str | None):
-        raise TypeError(f"system_prompt must be a string or None, got {system_prompt!r:.80}.")
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    for earlier_question, answer in pairs:
-        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
-    return [*messages, {"role": "user", "content": question}]
-
-
-def _check_history(history: Sequence[Any] | None) -> list[tuple[str, str]]:
-    pairs = list(history or [])
-    for pair in pairs:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise TypeError(f"history must be a list of (question, answer) pairs of strings, got the entry {pair!r}.")
-    return [(earlier_question, answer) for earlier_question, answer in pairs]
-
-
-def _tiles_per_image(
-    num_patches: Any, num_tiles: int, questions: Sequence[str], turns: list[list[tuple[str, str]]]
-) -> list[list[int]]:
-    """Share the images out to the questions: one list of tile counts per question."""
-    counts = num_patches.tolist() if hasattr(num_patches, "tolist") else num_patches
-    if counts is None:
-        counts = [num_tiles] if num_tiles else []
-    if not isinstance(counts, (list, tuple)):
-        raise TypeError(f"num_patches must be a list or tensor with the tiles of each image, got {num_patches!r}.")
-    if any(isinstance(count, (list, tuple)) for count in counts):
-        shared = [_whole_counts(own) for own in counts]
-    else:
-        counts = _whole_counts(counts)
-        needed = [
-            sum(earlier.count(IMAGE_TOKEN) for earlier, _ in pairs) + text.count(IMAGE_TOKEN)
-            for text, pairs in zip(questions, turns, strict=True)
-        ]
-        if not any(needed) and not any(turns):  # placeholders will be put in front
-            needed = [len(counts)] if len(questions) == 1 else [1] * len(questions) if counts else needed
-        if sum(needed) != len(counts):
-            raise ValueError(
-                f"The questions and their history have {sum(needed)} {IMAGE_TOKEN} placeholders but {len(counts)} "
-                "images were given. Write one placeholder per image, and pass the images of earlier turns again."
-            )
-        images = iter(counts)
-        shared = [[next(images) for _ in range(number)] for number in needed]
-    total = sum(count for own in shared for count in own)
-    if len(shared) != len(questions) or total != num_tiles:
-        raise ValueError(
-            f"num_patches={counts} describes {total} tiles of {len(shared)} questions, but {num_tiles} tiles and "
-            f"{len(questions)} questions were given. Pass pixel_values and num_patches as the image processor "
-            "returned them."
-        )
-    return shared
-
-
-def _whole_counts(counts: Any) -> list[int]:
-    """Return tile counts as numbers; an image has at least one tile."""
-    if not isinstance(counts, (list, tuple)):
-        raise TypeError(f"num_patches must be flat, or hold one list per question, got the entry {counts!r}.")
-    counts = [operator.index(count) for count in counts]
-    if any(count < 1 for count in counts):
-        raise ValueError(f"Every image has at least one tile, got num_patches={counts}.")
-    return counts
+# Options of transformers' own `apply_chat_template`: the first is always on here, the second concerns videos.
+IGNORED_TEMPLATE_OPTIONS = ("sanitize_control_tokens", "load_audio_from_video")
 
 
 class NemotronVLProcessor(ProcessorMixin):
@@ -601,13 +93,13 @@ class NemotronVLProcessor(ProcessorMixin):
         image_processor: a `NemotronVLImageProcessor`.
         tokenizer: the checkpoint's tokenizer, with the image tokens.
         chat_template: Jinja template; defaults to the tokenizer's.
-        image_tag_type: how an image is spelled in the prompt, the `image_tag_type` of the model's config.
+        image_tag_type: how an image is written in the prompt, the `image_tag_type` of the model's config.
 
     Raises:
         ValueError: if the tokenizer has no `<image>` token.
     """
 
-    images_first = False  # where a message has its images in the prompt, see `flatten_content`
+    prompt_format = V1_FORMAT
     attributes = ["image_processor", "tokenizer"]
     image_processor_class = "AutoImageProcessor"
     tokenizer_class = "AutoTokenizer"
@@ -626,7 +118,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Read processor_config.json as transformers does, and say so if it holds something else than a dict."""
+        """Read processor_config.json as transformers does; a damaged file raises an error that names it."""
         try:
             return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, LookupError, TypeError, RecursionError) as error:
@@ -720,7 +212,7 @@ class NemotronVLProcessor(ProcessorMixin):
         marker: str | None = None,
         return_starts: bool = False,
     ) -> tuple[dict[str, Any], str | None, list[list[int]]]:
-        """Do what `__call__` says, and also return `return_tensors` and where in its text each id starts."""
+        """Do what `__call__` describes, and also return `return_tensors` and where in its text each id starts."""
         images_kwargs, text_kwargs = self._split_options(options)
         return_tensors = text_kwargs.pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -743,7 +235,7 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Sort call options into those of the image processor and those of the text, nested and common ones too."""
-        flat = {name: value for name, value in options.items() if name not in OPTIONS_OF_OTHERS}
+        flat = {name: value for name, value in options.items() if name not in IGNORED_MEDIA_OPTIONS}
         for name in OTHER_MODALITIES:
             given = flat.pop(name, None)
             if given is not None and len(given):
@@ -771,8 +263,8 @@ class NemotronVLProcessor(ProcessorMixin):
 
     def _image_runs(
         self, texts: Sequence[str], num_tiles: list[int], images_per_text: list[int] | None
-    ) -> list[list[list[str | int]]]:
-        """Return per text the runs of its images."""
+    ) -> list[list[PromptPieces]]:
+        """Return the image runs of each text."""
         counts = [text.count(IMAGE_TOKEN) for text in texts]
         if sum(counts) != len(num_tiles) or images_per_text not in (None, counts):
             raise ValueError(
@@ -786,7 +278,7 @@ class NemotronVLProcessor(ProcessorMixin):
     def _encode_texts(
         self,
         texts: Sequence[str],
-        runs: list[list[list[str | int]]],
+        runs: list[list[PromptPieces]],
         add_bos: bool,
         marker: str | None,
         return_starts: bool,
@@ -800,8 +292,9 @@ class NemotronVLProcessor(ProcessorMixin):
         return prompts
 
     def _bos_ids(self) -> list[int]:
-        """What the tokenizer puts before a plain text: the bos token, or nothing."""
-        return [token for token in self.tokenizer("")["input_ids"] if token == self.tokenizer.bos_token_id][:1]
+        """Return what the tokenizer puts before a plain text: the bos token, or nothing."""
+        ids = private_backend(self.tokenizer).encode("").ids
+        return [token for token in ids if token == self.tokenizer.bos_token_id][:1]
 
     def _pad(
         self,
@@ -899,37 +392,30 @@ class NemotronVLProcessor(ProcessorMixin):
         if continue_final_message and not all(conversations):
             raise ValueError("continue_final_message=True needs a final message, but a conversation is empty.")
         template = self._resolve_template(chat_template)
-        variables = {name: value for name, value in kwargs.items() if name not in (*CALL_OPTIONS, *ALWAYS_SO)}
-        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
-        if unknown:
-            raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
-        if variables.get("image_token") == self.image_token:
-            del variables["image_token"]  # every template gets it, and here it is no user's text
-        options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS} | (processor_kwargs or {})
+        options, variables = self._split_template_options(kwargs, template)
+        options = options | (processor_kwargs or {})
         tools = _tool_schemas(tools)
         guard = ControlTokenGuard(self.tokenizer, [conversations, tools, documents, variables]) if tokenize else None
-        keep_parts = READS_PARTS.search(template) is not None and not self.images_first
+        keep_parts = READS_PARTS.search(template) is not None and not self.prompt_format.images_first
         flattened = [
-            _flatten_conversation(messages, guard, self.images_first, keep_parts) for messages in conversations
+            _flatten_conversation(messages, guard, self.prompt_format, keep_parts) for messages in conversations
         ]
         if guard:
             tools, documents, variables = (guard.protect(data) for data in (tools, documents, variables))
-        try:
-            prompts, assistant_spans = render_jinja_template(
-                conversations=[messages for messages, _ in flattened],
-                tools=tools,
-                documents=documents,
-                chat_template=template,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-                **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
-            )
-        except TEMPLATE_ERRORS as error:
-            raise ValueError(f"The chat template refuses this conversation: {error}") from error
+        prompts, assistant_spans = render_messages(
+            render_jinja_template,
+            conversations=[messages for messages, _ in flattened],
+            tools=tools,
+            documents=documents,
+            chat_template=template,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+            **{"image_token": self.image_token, **self.tokenizer.special_tokens_map, **variables},
+        )
         if guard is None:
             return prompts if batched else prompts[0]
-        images = _choose_images(options.pop("images", None), [pictures for _, pictures in flattened])
+        images = _choose_images(options.pop("images", None), [images for _, images in flattened])
         if return_tensors is not None:
             options = {"return_tensors": return_tensors, **options}
         options["add_special_tokens"] = False
@@ -944,6 +430,23 @@ class NemotronVLProcessor(ProcessorMixin):
         out = _as_batch(data, return_tensors)
         return out if return_dict else out["input_ids"]
 
+    def _split_template_options(self, kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Sort further arguments of `apply_chat_template` into options of `__call__` and variables of the template.
+
+        Raises:
+            TypeError: for a name that is neither; the template has to contain the name of a variable.
+        """
+        options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS}
+        variables = {
+            name: value for name, value in kwargs.items() if name not in (*CALL_OPTIONS, *IGNORED_TEMPLATE_OPTIONS)
+        }
+        unknown = [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unknown:
+            raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
+        if variables.get("image_token") == self.image_token:
+            del variables["image_token"]  # every template gets it, and here it is no user's text
+        return options, variables
+
     def _resolve_template(self, chat_template: str | None) -> str:
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = named.get(chat_template or "default", chat_template)
@@ -955,9 +458,9 @@ class NemotronVLProcessor(ProcessorMixin):
         return template
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
-        """Spell image number `image_idx` of the image processor's output as prompt text."""
+        """Write image number `image_idx` of the image processor's output as prompt text."""
         run = image_run(int(image_inputs["num_patches"][image_idx]), self.tokens_per_tile, self.image_tag_type)
-        return spell_run(run)
+        return render_run(run)
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Iterable[tuple[int, int]] | None = None, **kwargs: Any
@@ -981,7 +484,9 @@ class NemotronVLProcessor(ProcessorMixin):
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
         # transformers 5 nests the image processor inside processor_config.json, which 4.57 and servers do not read.
         self.image_processor.save_pretrained(save_directory)
-        spell_for_every_version(Path(save_directory) / "tokenizer_config.json")
+        tokenizer_config = Path(save_directory) / "tokenizer_config.json"
+        config = with_keys_of_all_versions(json.loads(tokenizer_config.read_text(encoding="utf-8")))
+        tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in (self, self.image_processor):
             vars(part).pop("auto_map", None)  # transformers wrote it there for the files' sake
         if push_to_hub:
@@ -990,39 +495,39 @@ class NemotronVLProcessor(ProcessorMixin):
 
 
 class NemotronVLV2Processor(NemotronVLProcessor):
-    """The processor of the 12B V2: images come first in a message, and the chat template can ask for reasoning.
+    """The processor of the 12B V2: images come first in a message, and the chat template can request reasoning.
 
-    `apply_chat_template(..., enable_thinking=True)` asks for it; without the argument the last `/think` or `/no_think`
-    in a system or user text decides, and without those there is none.
+    `apply_chat_template(..., enable_thinking=True)` requests it. Without this argument the last `/think` or `/no_think`
+    in a system or user text decides, and without either the model does not reason.
     """
 
-    images_first = True
+    prompt_format = V2_FORMAT
 
     @staticmethod
     def split_reasoning(text: str, thinking: bool = False) -> tuple[str, str]:
-        """Part what the model wrote into `(reasoning, answer)`; see the function of this name."""
+        """Split what the model wrote into `(reasoning, answer)`; see the function of this name."""
         return split_reasoning(text, thinking)
 
 
 def _kept_tokens(length: int, limit: int | None, side: str) -> slice:
-    """The part of a prompt that stays when it is cut to `limit` tokens on a side, "left" or "right"."""
+    """Return the part of a prompt that stays if it is cut to `limit` tokens on a side, "left" or "right"."""
     if limit is None or length <= limit:
         return slice(0, length)
     return slice(length - limit, length) if side == "left" else slice(0, limit)
 
 
-def spell_for_every_version(tokenizer_config: Path) -> None:
-    """Rewrite a tokenizer_config.json saved by transformers 5 in the words that 4.57 knows as well."""
-    config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+def with_keys_of_all_versions(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json that transformers 5 may have written, with the keys that 4.57 reads as well."""
+    config = dict(tokenizer_config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return config
 
 
 def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
-    """Return `data` in tensors, but for the offsets, which are no numbers."""
+    """Return `data` as tensors, except the replacement offsets, which are not numbers."""
     numbers = {name: value for name, value in data.items() if name != "text_replacement_offsets"}
     batch = BatchFeature(numbers, tensor_type=return_tensors)
     batch.update({name: value for name, value in data.items() if name not in numbers})
@@ -1059,26 +564,31 @@ def _tool_schemas(tools: Any) -> Any:
         raise ValueError(f"A function among the tools cannot be described: {error}") from error
 
 
-def _choose_images(images: Any, pictures: list[list[Any]]) -> Any:
-    """Return the images of a batch: those in its messages, or those given for parts that hold none."""
-    in_messages = [picture for own in pictures for picture in own]
-    held = [picture for picture in in_messages if picture is not None]
-    if images is None and len(held) == len(in_messages):
-        return pictures if held else None
-    if images is None or held:
+def _choose_images(images: Any, images_of_messages: list[list[Any]]) -> Any:
+    """Return the images of a batch: those in its messages, or those given separately if the messages hold none.
+
+    Args:
+        images: what the caller gave as `images`, or None.
+        images_of_messages: per conversation the image of each image part, None for a part that holds none.
+    """
+    parts = [image for own in images_of_messages for image in own]
+    num_held = sum(image is not None for image in parts)
+    if images is None and num_held == len(parts):
+        return images_of_messages if parts else None
+    if images is None or num_held:
         raise ValueError(
-            f"The messages have {len(in_messages)} image parts, {len(held)} of them with a picture, and images= was "
-            f"{'not ' if images is None else ''}given. Put every picture into its part, or all of them into images=."
+            f"The messages have {len(parts)} image parts, {num_held} of them with an image, and images= was "
+            f"{'not ' if images is None else ''}given. Put every image into its part, or all of them into images=."
         )
     return images
 
 
 def _flatten_conversation(
-    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, images_first: bool, keep_parts: bool
+    messages: list[dict[str, Any]], guard: ControlTokenGuard | None, prompt_format: PromptFormat, keep_parts: bool
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the messages with their contents protected by `guard`, and their images in order.
 
-    A content becomes a string with `<image>` placeholders. With `keep_parts` a list stays one, of texts and images.
+    A content becomes a string with `<image>` placeholders. With `keep_parts` a list of parts stays a list of parts.
     """
     flattened, images = [], []
     if not isinstance(messages, (list, tuple)):
@@ -1089,14 +599,14 @@ def _flatten_conversation(
         others = {name: value for name, value in message.items() if name != "content" and value is not None}
         content = message.get("content")
         if keep_parts and isinstance(content, (list, tuple)):
-            texts, pictures = split_content(content)
+            texts, own_images = split_content(content)
             texts = guard.protect(texts) if guard else texts
             parts = [part for text in texts for part in ({"type": "text", "text": text}, {"type": "image"})][:-1]
             content = [part for part in parts if part.get("text") != ""]
         else:
-            content, pictures = flatten_content(content, guard, images_first)
+            content, own_images = flatten_content(content, guard, prompt_format)
         flattened.append({**(guard.protect(others) if guard else others), "content": content})
-        images += pictures
+        images += own_images
     return flattened, images
 
 

@@ -10,29 +10,20 @@ incomplete or unknown is an error. Only weights are quantised here: `input_scale
 """
 
 import copy
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.configuration_utils import PretrainedConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    is_accelerate_available,
-    logging,
-)
-from transformers.utils.hub import cached_files
+from transformers.utils import is_accelerate_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import TORCH_DTYPES, Checkpoint, TensorHeader
 from .packed_matmul import has_kernel, multiply_packed
 
 if is_accelerate_available():
@@ -49,22 +40,10 @@ STORED_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "awq", QUANT_MET
 # What quantisers of full-precision checkpoints leave alone unless the caller decides.
 KEPT_MODULES = ("vision_model", "mlp1", "lm_head", "language_model.lm_head")  # transformers 4.57 wants full names
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder")
-
-TORCH_DTYPES = {
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
-SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOATS = ("F32", "F16", "BF16")
 PLAIN_DTYPES = (*FLOATS, "F64", "I64", "BOOL")
 # Names that only quantised checkpoints use, besides `weight` itself.
-COMPANIONS = (
+QUANTIZED_TENSOR_SUFFIXES = (
     *("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale"),  # modelopt
     *("qweight", "qzeros", "scales", "scaled_zeros", "g_idx"),  # AutoAWQ, llm-awq, GPTQ
     *("weight_packed", "weight_global_scale", "weight_zero_point", "weight_shape", "input_global_scale"),
@@ -76,56 +55,6 @@ NVFP4_BLOCK = 16
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # AutoAWQ GEMM stores column 8c + i of an int32 word c in the nibble that starts at bit AWQ_SHIFTS[i].
 AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
-
-
-class TensorHeader(NamedTuple):
-    """Where a tensor of a safetensors file lies: its dtype in safetensors' words, its shape, its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    end: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-    def read(self) -> torch.Tensor:
-        """Return the tensor exactly as stored."""
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            data = bytearray(file.read(self.end - self.start))
-        return torch.frombuffer(data, dtype=TORCH_DTYPES[self.dtype]).reshape(self.shape)
-
-
-def read_headers(files: list[str]) -> dict[str, TensorHeader]:
-    """Read the headers of safetensors files, no weights.
-
-    Raises:
-        ValueError: if a file is shorter or longer than its header says, as after an interrupted download.
-    """
-    headers = {}
-    for path in files:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            # A page instead of a file, or a git-lfs pointer, gives an absurd size.
-            text = file.read(header_size) if 8 + header_size <= size else None
-        if text is None:
-            raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file. Download it again.")
-        data = 8 + header_size
-        try:
-            entries = json.loads(text)
-            entries.pop("__metadata__", None)
-            end = data + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            for name, entry in entries.items():
-                start, stop = entry["data_offsets"]
-                headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), path, data + start, data + stop)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has a broken safetensors header ({error!r:.80}). Download it again.") from error
-        if end != size:
-            raise ValueError(f"{path} has {size} bytes, but its header describes {end}. Download it again.")
-    return headers
 
 
 # --- formats: what is stored for a Linear of `out_features` x `in_features`, and what weight it means ---
@@ -207,8 +136,8 @@ class Format(NamedTuple):
 
 
 SCALAR = (("F32",), ())
-# Weights that a CPU dequantises at a time. Larger buffers leave the caches and are fresh pages in every call.
-CPU_PART = 2**21
+# Weights dequantised at a time on a CPU; larger chunks fall out of its caches and page-fault in every call.
+CPU_CHUNK_WEIGHTS = 2**21
 
 FORMATS = {
     "NVFP4": Format(
@@ -259,7 +188,7 @@ FORMATS = {
 
 def is_quantised(name: str, header: TensorHeader) -> bool:
     """Say whether a tensor of a checkpoint belongs to a quantised module, by name or dtype."""
-    return name.rsplit(".", 1)[-1] in COMPANIONS or header.dtype not in PLAIN_DTYPES
+    return name.rsplit(".", 1)[-1] in QUANTIZED_TENSOR_SUFFIXES or header.dtype not in PLAIN_DTYPES
 
 
 def detect_format(name: str, linear: nn.Module, tensors: Mapping[str, TensorHeader]) -> Format | None:
@@ -399,11 +328,12 @@ class PackedLinear(nn.Linear):
         """`(out_features, in_features)`."""
         return self.format.decode(self.packed_tensors(), dtype)
 
-    def _parts(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    def _chunks(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
         """The stored tensors, on a CPU cut into ranges of outputs that are dequantised one after the other."""
         count = 1
         if device.type == "cpu":
-            while self.out_features * self.in_features > count * CPU_PART and self.out_features % (16 * count) == 0:
+            num_weights = self.out_features * self.in_features
+            while num_weights > count * CPU_CHUNK_WEIGHTS and self.out_features % (16 * count) == 0:
                 count *= 2
         tensors, dim = self.packed_tensors(), self.format.outputs_dim
         cut = {key: tensor.chunk(count, dim) for key, tensor in tensors.items() if tensor.dim() == 2}
@@ -415,7 +345,7 @@ class PackedLinear(nn.Linear):
         dtype = hidden_states.dtype
         outputs = [
             nn.functional.linear(hidden_states, self.format.decode(part, dtype))
-            for part in self._parts(hidden_states.device)
+            for part in self._chunks(hidden_states.device)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
@@ -513,13 +443,15 @@ class PackedConfig(QuantizationConfigMixin):
 
     Args:
         stored: the checkpoint's own `quantization_config`, which saving writes back; None when it has none.
-        checkpoint_files: the safetensors files to load, needed during loading only.
+        headers: what the checkpoint's files hold, needed during loading only.
     """
 
-    def __init__(self, stored: dict[str, Any] | None = None, checkpoint_files: list[str] | None = None, **kwargs: Any):
+    def __init__(
+        self, stored: dict[str, Any] | None = None, headers: dict[str, TensorHeader] | None = None, **kwargs: Any
+    ):
         self.quant_method = QUANT_METHOD
         self.stored = stored
-        self.checkpoint_files = checkpoint_files
+        self.headers = headers
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.stored or {})
@@ -534,7 +466,7 @@ class PackedQuantizer(HfQuantizer):
     requires_calibration = True  # it loads what others have quantised
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self.headers = read_headers(self.quantization_config.checkpoint_files)
+        self.headers = self.quantization_config.headers
         counts = pack_linears(model, self.headers)
         if self.quantization_config.stored is None:
             self.quantization_config.stored = describe_formats(model)
@@ -562,7 +494,7 @@ class PackedQuantizer(HfQuantizer):
             for key in layer.packed_names:
                 getattr(layer, key).requires_grad_(False)
         self._correct_offload_index(model)
-        self.quantization_config.checkpoint_files = None
+        self.quantization_config.headers = None
         model.config.quantization_config = self.quantization_config  # transformers 4.57 gave the model a copy
         self.headers = {}
         return model
@@ -651,83 +583,73 @@ def register() -> None:
 # --- loading ---
 
 
-@dataclass
-class Dequantization:
-    """What `from_pretrained` has to do once the packed model is there.
-
-    Args:
-        placement: arguments for `place`, when the plain weights go to several devices.
-    """
-
-    placement: dict[str, Any] | None = None
-
-    def finish(self, model: nn.Module) -> None:
-        model.dequantize()
-        if self.placement:
-            place(model, **self.placement)
-
-
 def prepare_loading(
-    config_class: type[PretrainedConfig],
-    pretrained_model_name_or_path: str | os.PathLike | None,
-    kwargs: dict[str, Any],
-    headers: dict[str, TensorHeader],
-) -> tuple[dict[str, Any], Dequantization | None]:
-    """Complete the arguments with which transformers loads a checkpoint, by the tensors in its files.
+    checkpoint: Checkpoint, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
+    """Complete the arguments with which transformers loads a checkpoint, by the formats of its tensors.
 
     Args:
-        config_class: the model's configuration class.
-        pretrained_model_name_or_path: directory or Hub id.
-        kwargs: what `from_pretrained` was called with, `dequantize` included.
-        headers: what `read_checkpoint` found.
+        checkpoint: what its files hold; its config is written into.
+        kwargs: what `Checkpoint.read` left for transformers, and `dequantize`.
 
     Returns:
-        arguments for `PreTrainedModel.from_pretrained`, and what to do after it.
+        arguments for `PreTrainedModel.from_pretrained`, and what to do with the model after it.
 
     Raises:
-        ValueError: for files that cannot be loaded, and for a second quantisation of a quantised checkpoint.
+        ValueError: for a quantisation that cannot be loaded, and for a second one of a quantised checkpoint.
     """
     kwargs = dict(kwargs)
     dequantize = kwargs.pop("dequantize", False)
     _reject_packed_state_dict(kwargs.get("state_dict"))
-    if kwargs.get("quantization_config") is not None:
-        kwargs["quantization_config"] = _keep_modules(kwargs["quantization_config"])
-    if not headers:
-        return kwargs, None
-    stored = _stored_quantization(config_class, pretrained_model_name_or_path, kwargs)
+    wanted = kwargs.get("quantization_config")
+    if wanted is not None:
+        kwargs["quantization_config"] = _keep_modules(wanted)
+    stored = _stored_quantization(checkpoint)
     method = (stored or {}).get("quant_method")
     if method is not None and method not in STORED_METHODS:  # transformers knows it, or says that it does not
         if dequantize:
-            raise ValueError(
-                f"dequantize=True is for modelopt and AWQ; {pretrained_model_name_or_path} is {method!r}."
-            )
-        return kwargs, None
-    quantised = any(is_quantised(name, header) for name, header in headers.items())
-    if not quantised and not stored:
-        return kwargs, None
-    config, kwargs = load_config(config_class, pretrained_model_name_or_path, kwargs)
-    kwargs["config"] = config
-    if not quantised:
+            raise ValueError(f"dequantize=True is for modelopt and AWQ; {checkpoint.source} is {method!r}.")
+        return kwargs, _leave
+    quantised = any(is_quantised(name, header) for name, header in checkpoint.headers.items())
+    if not quantised and stored:
         logger.warning(
-            f"The config of {pretrained_model_name_or_path} describes {stored.get('quant_algo') or stored}, but none of "
-            "its tensors is quantised; they are loaded as they are."
+            f"The config of {checkpoint.source} describes {stored.get('quant_algo') or stored}, but none of its tensors "
+            "is quantised; they are loaded as they are."
         )
-        del config.quantization_config
-        return kwargs, None
-    if kwargs.get("quantization_config") is not None:
+        del checkpoint.config.quantization_config
+    if not quantised:
+        return kwargs, _leave
+    if wanted is not None:
         raise ValueError(
-            f"{pretrained_model_name_or_path} is quantised already. Leave quantization_config out, or start from the "
-            "BF16 checkpoint."
+            f"{checkpoint.source} is quantised already. Leave quantization_config out, or start from the BF16 "
+            "checkpoint."
         )
     register()
-    config.quantization_config = {
+    checkpoint.config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "stored": stored if method not in (None, QUANT_METHOD) else None,
-        "checkpoint_files": sorted({header.file for header in headers.values()}),
+        "headers": checkpoint.headers,
     }
     if not dequantize:
-        return kwargs, None
-    return kwargs, Dequantization(_take_placement(kwargs))
+        return kwargs, _leave
+    placement = _take_placement(kwargs)
+
+    def dequantize_and_place(model: nn.Module) -> None:
+        model.dequantize()
+        if placement:
+            place(model, **placement)
+
+    return kwargs, dequantize_and_place
+
+
+def _leave(model: nn.Module) -> None:
+    """Do nothing with a model that is ready."""
+
+
+def _stored_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the checkpoint's description of its quantisation as a dict, None when there is none."""
+    stored = getattr(checkpoint.config, "quantization_config", None)
+    return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
 
 
 def _reject_packed_state_dict(state_dict: Mapping[str, torch.Tensor] | None) -> None:
@@ -746,109 +668,6 @@ def _keep_modules(quantization_config: Any) -> Any:
             quantization_config = copy.deepcopy(quantization_config)
             setattr(quantization_config, name, list(KEPT_MODULES))
     return quantization_config
-
-
-def read_checkpoint(
-    pretrained_model_name_or_path: str | os.PathLike | None, kwargs: Mapping[str, Any]
-) -> dict[str, TensorHeader]:
-    """Read the headers of the safetensors files that transformers would load, none when there are no such files.
-
-    Raises:
-        ValueError, FileNotFoundError: as `checkpoint_files` and `read_headers`.
-    """
-    if pretrained_model_name_or_path is None or kwargs.get("gguf_file") is not None:
-        return {}
-    return read_headers(checkpoint_files(pretrained_model_name_or_path, kwargs))
-
-
-def checkpoint_files(pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str]:
-    """Find the safetensors files that transformers would load, none when there are none.
-
-    Args:
-        pretrained_model_name_or_path: directory or Hub id.
-        kwargs: arguments of `from_pretrained`; read are the Hub's, `variant` and `use_safetensors`.
-
-    Raises:
-        ValueError: for the `.pt` files of llm-awq.
-        FileNotFoundError: if the index names a file that is not there.
-    """
-    path = os.fspath(pretrained_model_name_or_path)
-    if path.endswith(".pt"):
-        _refuse_llm_awq(path)
-    if kwargs.get("use_safetensors") is False:
-        return []
-    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
-        name = name.replace(".safetensors", f"{variant}.safetensors", 1) if variant else name
-        file = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub_kwargs,
-        )
-        if file is not None:
-            return [file] if name.endswith(".safetensors") else _shards(path, file, hub_kwargs)
-    folder = os.path.join(path, kwargs.get("subfolder") or "")
-    pickles = sorted(name for name in os.listdir(folder) if name.endswith(".pt")) if os.path.isdir(folder) else []
-    if pickles:
-        _refuse_llm_awq(os.path.join(folder, pickles[0]))
-    return []
-
-
-def _refuse_llm_awq(path: str) -> None:
-    raise ValueError(
-        f"{path} is a pickled torch file as llm-awq (TinyChat) writes them; it is not loaded. Quantise the BF16 "
-        "checkpoint into AutoAWQ's safetensors layout with `python -m tools.quantize DIR --format awq --out DIR`."
-    )
-
-
-def _shards(path: str, index_file: str, hub_kwargs: dict[str, Any]) -> list[str]:
-    with open(index_file, encoding="utf-8") as file:
-        names = sorted(set(json.load(file)["weight_map"].values()))
-    if not os.path.isdir(path):
-        return cached_files(path, names, **hub_kwargs)
-    files = [os.path.join(os.path.dirname(index_file), name) for name in names]
-    absent = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
-    if absent:
-        raise FileNotFoundError(
-            f"{index_file} names {len(names)} files, of which {', '.join(absent)} is not there. Download it."
-        )
-    return files
-
-
-def _stored_quantization(
-    config_class: type[PretrainedConfig], pretrained_model_name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Return the checkpoint's description of its quantisation as a dict, None when there is none."""
-    config = kwargs.get("config")
-    if isinstance(config, PretrainedConfig):
-        stored = getattr(config, "quantization_config", None)
-    else:
-        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        config_dict, _ = config_class.get_config_dict(config or pretrained_model_name_or_path, **hub_kwargs)
-        stored = config_dict.get("quantization_config")
-    return stored.to_dict() if isinstance(stored, QuantizationConfigMixin) else stored
-
-
-def load_config(
-    config_class: type[PretrainedConfig], pretrained_model_name_or_path: str | os.PathLike, kwargs: dict[str, Any]
-) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Return a config of our own to write into, and the arguments without those that went into it."""
-    config = kwargs.get("config")
-    if isinstance(config, PretrainedConfig):
-        return copy.deepcopy(config), kwargs
-    source = config or pretrained_model_name_or_path
-    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    config = config_class.from_pretrained(source, **hub_kwargs)
-    # As transformers does: arguments that are attributes of the config override it.
-    kept = ("dtype", "torch_dtype", "quantization_config", *HUB_ARGUMENTS)
-    overrides = {name: value for name, value in kwargs.items() if name not in kept and hasattr(config, name)}
-    if overrides:
-        config = config_class.from_pretrained(source, **hub_kwargs, **overrides)
-    return config, {name: value for name, value in kwargs.items() if name not in overrides}
 
 
 def _take_placement(kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,40 +1,28 @@
-"""C-RADIOv2, the vision tower: pixels in 0..1 -> one summary vector per picture and one feature vector per patch.
+"""C-RADIOv2, the vision tower: pixels in 0..1 -> one summary vector per image and one feature vector per patch.
 
-A plain pre-norm ViT whose square position table is resized to the picture, so any height and width in whole patches
+A plain pre-norm ViT whose square position table is resized to the image, so any height and width in whole patches
 work. Module names are those of the published weights (`radio_model.model.blocks.0.attn.qkv.weight`, ...): the class
 serves as `vision_model` of the VLM and, through `AutoModel`, for a stand-alone C-RADIO checkpoint directory.
 """
 
-import copy
-import json
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .checkpoint import StrictPreTrainedModel
 from .configuration_nemotron_vl import RADIOConfig
 
 try:
     from transformers.utils.output_capturing import capture_outputs
 except ImportError:  # transformers 4.57 has the same decorator under its first name
     from transformers.utils.generic import check_model_inputs as capture_outputs
-
-# Crops of the position table that C-RADIO was trained with: side as a share of the table, width over height.
-CROP_SIDES = (math.sqrt(0.1), 1.0)
-CROP_ASPECTS = (3 / 4, 4 / 3)
-
-MOST_PARAMETERS_PER_BYTE = 2  # of a weight file: packed in 4 bits
 
 
 @dataclass
@@ -98,7 +86,7 @@ class RADIOPatchGenerator(nn.Module):
         self.cls_token = RADIOPrefixTokens(config)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             pixel_values: `(num_images, num_channels, height, width)`, normalised.
@@ -109,15 +97,10 @@ class RADIOPatchGenerator(nn.Module):
         grid_height, grid_width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         # The position table has the tower's dtype; the embedder's weight may be packed by a quantiser.
         patches = self.embedder(self.patchify(pixel_values.to(self.pos_embed.dtype)))
-        # CODEPATH: pretraining configs only; the released ones leave `random_position_crop` False.
-        if self.training and self.config.random_position_crop:
-            positions = self.cropped_positions(pixel_values.shape[0], grid_height, grid_width)
-        else:
-            positions = self.positions(grid_height, grid_width)
-        return self.cls_token(patches + positions)
+        return self.cls_token(patches + self.positions(grid_height, grid_width))
 
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Cut pictures into patches.
+        """Cut images into patches.
 
         Args:
             pixel_values: `(num_images, num_channels, height, width)`.
@@ -133,7 +116,7 @@ class RADIOPatchGenerator(nn.Module):
         return blocks.reshape(num_images, -1, num_channels * size**2)
 
     def position_table(self) -> torch.Tensor:
-        """The table as a picture: `(1, hidden_size, position_grid_size, position_grid_size)`."""
+        """The table as an image: `(1, hidden_size, position_grid_size, position_grid_size)`."""
         side = self.config.position_grid_size
         return self.pos_embed.view(1, side, side, -1).permute(0, 3, 1, 2)
 
@@ -151,32 +134,6 @@ class RADIOPatchGenerator(nn.Module):
             )
             table = resized.to(table.dtype)
         return table[..., :grid_height, :grid_width].flatten(2).transpose(1, 2)
-
-    def cropped_positions(self, num_images: int, grid_height: int, grid_width: int) -> torch.Tensor:
-        """Sample the table at one random crop per picture, and drop the positions of some pictures.
-
-        Returns:
-            `(num_images, grid_height * grid_width, hidden_size)` in the table's dtype.
-        """
-        table = self.position_table()
-        draw = torch.rand(5, num_images, 1, 1, device=table.device)  # side, aspect, left, top, keep
-        side = CROP_SIDES[0] + draw[0] * (CROP_SIDES[1] - CROP_SIDES[0])
-        low, high = (math.log(aspect) / 2 for aspect in CROP_ASPECTS)
-        stretch = torch.exp(low + draw[1] * (high - low))  # square root of the aspect, log-uniform
-        width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
-        columns = torch.linspace(0, 1, grid_width, device=table.device).view(1, 1, -1)
-        rows = torch.linspace(0, 1, grid_height, device=table.device).view(1, -1, 1)
-        x = (columns * width + draw[2] * (1 - width)).expand(-1, grid_height, -1)
-        y = (rows * height + draw[3] * (1 - height)).expand(-1, -1, grid_width)
-        positions = nn.functional.grid_sample(
-            table.float().expand(num_images, -1, -1, -1),
-            torch.stack([x, y], dim=-1) * 2 - 1,
-            mode="bilinear",
-            padding_mode="zeros",
-            align_corners=True,
-        )
-        keep = draw[4] >= self.config.position_dropout
-        return (positions.flatten(2).transpose(1, 2) * keep).to(table.dtype)
 
 
 def eager_attention_forward(
@@ -288,92 +245,8 @@ class RADIOConditionedTransformer(nn.Module):
         return self.model(self.input_conditioner(pixel_values), **kwargs)
 
 
-class StrictPreTrainedModel(PreTrainedModel):
-    """Loads a checkpoint as a whole or not at all, and from safetensors files alone; the VLM does so as well."""
-
-    # What loading reports and does not forgive.
-    _refused_on_load = ("missing_keys", "unexpected_keys")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
-    ) -> "StrictPreTrainedModel":
-        """Load a checkpoint; in addition to what transformers does, the weights must be those of this model.
-
-        Only safetensors files are read: a pickle can run any code while it is loaded.
-
-        Args:
-            pretrained_model_name_or_path: directory or Hub id.
-            args, kwargs: as for `PreTrainedModel.from_pretrained`. With `output_loading_info=True` the caller judges
-                missing and left-over weights himself.
-
-        Raises:
-            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
-                of weights is damaged, or the index names files outside the directory.
-            OSError: if files are absent.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Only safetensors weights are loaded: a pickle can run any code. Leave use_safetensors out."
-            )
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder", ""))
-        check_index(folder)
-        wants_info = kwargs.pop("output_loading_info", False)
-        if (folder / "config.json").is_file() and not wants_info:
-            cls._check_size(folder, kwargs.get("config"))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        problems = {kind: sorted(info[kind]) for kind in cls._refused_on_load if info[kind]}
-        if problems and not wants_info and pretrained_model_name_or_path is not None:  # not for weights by hand
-            shown = "; ".join(
-                f"{len(keys)} {kind.replace('_', ' ')}: {', '.join(keys[:4])}" for kind, keys in problems.items()
-            )
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold exactly the weights of this model: {shown}. The "
-                "download is incomplete, or its config.json belongs to another checkpoint."
-            )
-        return (model, info) if wants_info else model
-
-    @classmethod
-    def _check_size(cls, folder: Path, config: PretrainedConfig | str | os.PathLike | None) -> None:
-        """Raise if the files in `folder` are far too small for the model: what they lack would be allocated first."""
-        if not isinstance(config, PretrainedConfig):
-            config = cls.config_class.from_pretrained(folder if config is None else config)
-        config = copy.deepcopy(config)  # a model writes into its config
-        config._attn_implementation = "eager"  # nothing will run
-        with torch.device("meta"):
-            num_parameters = cls(config).num_parameters()
-        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if 0 < num_bytes < num_parameters / MOST_PARAMETERS_PER_BYTE:
-            raise ValueError(
-                f"{folder / 'config.json'} describes a model of {num_parameters} parameters, but the weights beside it "
-                f"have only {num_bytes} bytes. The download is incomplete, or the config belongs to another checkpoint."
-            )
-
-
-def check_index(folder: Path) -> None:
-    """Raise if an index of a local checkpoint is malformed, or names files that transformers should not open."""
-    for index in folder.glob("*.safetensors.index*.json"):
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content = content if isinstance(content, dict) else {}
-        if not isinstance(content.get("metadata"), dict):  # transformers asks for it
-            raise ValueError(f"{index} is no index of weights: it has no 'metadata'. Download it again.")
-        weight_map = content.get("weight_map")
-        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        for file in files:
-            # A file of another suffix would be opened as a pickle.
-            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
-            if not plain or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{index} must name safetensors files that lie beside it, but names {file!r}. Download it again."
-                )
-
-
 class RADIOModel(StrictPreTrainedModel):
-    """The C-RADIOv2 tower, inside the VLM or on its own.
-
-    Positions in training are those of inference unless `config.random_position_crop` is set; nothing else differs
-    between the two modes.
-    """
+    """The C-RADIOv2 tower, inside the VLM or on its own. It computes the same in training and in inference."""
 
     config: RADIOConfig
     # The VLM's name for the tower: `RADIOModel.from_pretrained` also takes the tower out of a VLM checkpoint.
@@ -406,7 +279,7 @@ class RADIOModel(StrictPreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Yes; each version of transformers would look for its own spelling of the interface in this file's text."""
+        """Say yes; each version of transformers would search this file's text for another name of the interface."""
         return True
 
     @torch.no_grad()
@@ -428,7 +301,7 @@ class RADIOModel(StrictPreTrainedModel):
         x: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RADIOModelOutput:
-        """Encode pictures of one size.
+        """Encode images of one size.
 
         Args:
             pixel_values: `(num_images, 3, height, width)` RGB in 0..1, height and width in pixels, multiples of
@@ -444,7 +317,7 @@ class RADIOModel(StrictPreTrainedModel):
             TypeError: for pixels that are not floating point.
         """
         if (pixel_values is None) == (x is None):
-            raise ValueError("Give the tower its pictures once: as `pixel_values`, or as `x`.")
+            raise ValueError("Give the tower its images once: as `pixel_values`, or as `x`.")
         pixel_values = x if pixel_values is None else pixel_values
         self._check_pixels(pixel_values)
         hidden_states = self.radio_model(pixel_values, **kwargs)
@@ -468,7 +341,7 @@ class RADIOModel(StrictPreTrainedModel):
         if height % size or width % size or not height or not width:
             raise ValueError(
                 f"The tower takes heights and widths in multiples of patch_size={size} px, "
-                f"got {height}x{width} px. Resize or pad the picture."
+                f"got {height}x{width} px. Resize or pad the image."
             )
         if not pixel_values.is_floating_point():
             raise TypeError(

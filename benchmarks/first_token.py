@@ -8,7 +8,7 @@ attends eagerly, as the published class does by default; both run the same weigh
 
 import torch
 from nemotron_vl.image_processing import NemotronVLImageProcessor
-from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, encode_prompt, image_run
+from nemotron_vl.prompts import IMAGE_TOKEN, encode_prompt, image_run
 
 from benchmarks.common import (
     DEVICE,

@@ -14,9 +14,10 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from nemotron_vl.checkpoint import TORCH_DTYPES
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
-from nemotron_vl.quantization_nemotron_vl import FORMATS, TORCH_DTYPES
+from nemotron_vl.quantization_nemotron_vl import FORMATS
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Cache

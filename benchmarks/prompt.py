@@ -8,7 +8,8 @@
 
 import argparse
 
-from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, build_chat_prompts, encode_prompt, image_run
+from nemotron_vl.chat import build_chat_prompts
+from nemotron_vl.prompts import IMAGE_TOKEN, encode_prompt, image_run
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.common import compare, report

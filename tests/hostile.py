@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from nemotron_vl.chat import build_chat_prompts
 from nemotron_vl.configuration_nemotron_vl import LLAMA_3_1_8B, NemotronVLConfig, RADIOConfig
 from nemotron_vl.image_processing import NemotronVLImageProcessor
-from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN, NemotronVLProcessor, build_chat_prompts
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.prompts import IMAGE_TOKEN
 from PIL import Image
 
 from tools.tiny_checkpoint import IMAGE_TOKENS, LLAMA_TOKENS, make_config, make_tokenizer

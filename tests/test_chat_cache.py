@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from nemotron_vl.chat_cache import ChatCache
+from nemotron_vl.chat import ChatCache
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from transformers import DynamicCache
@@ -84,7 +84,9 @@ def test_same_prompt_again_and_text_alone(model, processor):
 
 
 def test_kept_features_stand_for_pictures(model, processor):
-    features = torch.rand(2, 4, model._projector_norm().numel(), generator=torch.Generator().manual_seed(0))
+    features = torch.rand(
+        2, 4, model.config.vit_hidden_size * model.config.merge_size**2, generator=torch.Generator().manual_seed(0)
+    )
     cache = model.chat_cache()
     for question in ("<image>?", "<image>!"):
         options = {"visual_features": features}

@@ -9,7 +9,7 @@ import torch
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.image_processing import NemotronVLImageProcessor
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.processing_nemotron_vl import flatten_content
+from nemotron_vl.prompts import flatten_content
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 

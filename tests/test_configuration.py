@@ -10,6 +10,7 @@ import pytest
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, RADIOConfig
 from transformers import LlamaConfig
 
+from tests.conftest import load_weights
 from tools import ROOT
 
 PUBLISHED = {
@@ -222,11 +223,12 @@ def test_image_token_id_is_found_in_the_tokenizer_beside_the_config(tmp_path, fi
 
 def test_golden_config_is_read(golden_8b: Path):
     config = NemotronVLConfig.from_pretrained(golden_8b / "checkpoint")
-    assert (config.image_token_id, config.vision_config.hidden_size, config.vision_config.num_registers) == (
-        343,
-        64,
-        4,
-    )
+    stored = json.loads((golden_8b / "checkpoint/config.json").read_text())
+    tokens = json.loads((golden_8b / "checkpoint/tokenizer.json").read_text())["added_tokens"]
+    prefix_tokens = "vision_model.radio_model.model.patch_generator.cls_token.token"
+    assert [config.image_token_id] == [token["id"] for token in tokens if token["content"] == "<image>"]
+    assert config.vision_config.hidden_size == stored["vision_config"]["args"]["model_kwargs"]["embed_dim"]
+    assert config.vision_config.num_prefix_tokens == len(load_weights(golden_8b / "checkpoint")[prefix_tokens])
 
 
 def test_the_configuration_module_does_not_import_torch():

@@ -1,6 +1,5 @@
 """The fast paths are exact: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
 
-import sys
 import threading
 
 import pytest
@@ -169,30 +168,6 @@ def test_flash_attention_that_is_not_installed_is_an_error_that_names_the_packag
     chosen = {part: "flash_attention_2"} if part else "flash_attention_2"
     with pytest.raises(ImportError, match="pip install flash-attn"):
         Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, attn_implementation=chosen)
-
-
-def test_our_class_adds_few_calls_to_a_decode_step(model):
-    """Calls of Python functions, counted: what costs time on the host, without the noise of a clock."""
-    ids = torch.arange(3, 20)[None]
-
-    def calls_of(part, num_tokens: int) -> int:
-        count = 0
-
-        def profile(frame, event, argument):
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        options = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
-        sys.setprofile(profile)
-        try:
-            part.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        finally:
-            sys.setprofile(None)
-        return count
-
-    calls_of(model, 2)  # warnings and imports of the first call
-    steps = {part: (calls_of(part, 6) - calls_of(part, 2)) / 4 for part in (model, model.language_model)}
-    assert steps[model] - steps[model.language_model] < 45, steps
 
 
 def test_streaming_from_a_thread_equals_the_answer(model, processor, batch, as_on_cuda):

@@ -1,31 +1,28 @@
 """The model: published answers from published checkpoints, standard generation, loud mismatches, no state."""
 
 import copy
-import json
+import importlib
+import re
 import threading
 
 import pytest
 import torch
 from nemotron_vl.image_processing import NemotronVLImageProcessor
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronVLOutput, pixel_shuffle
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, pixel_shuffle
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils import _pytree
 from transformers import AutoConfig, AutoModel, GenerationConfig, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.utils import logging
 
+from tests.conftest import golden_cases, golden_inputs, read_golden_cases
 from tests.prompts import GREEDY, ONE, WIDE, encode
-
-CASES = ["text_only", "one_tile", "wide", "tall", "two_images", "second_turn"]
-
 
 # --- the published results --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def golden(golden_8b):
-    cases = {case["name"]: case for case in json.loads((golden_8b / "expected.json").read_text())["cases"]}
-    return cases, load_file(golden_8b / "expected.safetensors")
+    return read_golden_cases(golden_8b), load_file(golden_8b / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -38,24 +35,23 @@ def golden_tokenizer(golden_8b):
     return PreTrainedTokenizerFast.from_pretrained(golden_8b / "checkpoint")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_features_and_logits_equal_the_published_code(golden_model, golden, name):
+@pytest.mark.parametrize("name", golden_cases("8b-v1"))
+def test_features_and_logits_equal_the_golden(golden_8b, golden_model, golden, name):
     _, tensors = golden
-    pixel_values, input_ids = tensors.get(f"{name}.pixel_values"), tensors[f"{name}.input_ids"].view(1, -1)
+    inputs = golden_inputs(golden_8b, name)
     with torch.no_grad():
-        logits = golden_model(input_ids=input_ids, pixel_values=pixel_values).logits
-        expected = tensors[f"{name}.logits_last"].view(-1, logits.shape[-1])
-        torch.testing.assert_close(logits[0, -len(expected) :], expected, atol=1e-4, rtol=0)
-        if pixel_values is not None:
-            outputs = golden_model.get_image_features(pixel_values)
+        logits, expected = golden_model(**inputs).logits, tensors[f"{name}.logits_last"]
+        torch.testing.assert_close(logits[:, -expected.shape[1] :], expected, atol=1e-4, rtol=0)
+        if "pixel_values" in inputs:
+            outputs = golden_model.get_image_features(inputs["pixel_values"])
             tower, projected = tensors[f"{name}.tower_features"], tensors[f"{name}.image_features"]
             torch.testing.assert_close(outputs.last_hidden_state[: len(tower)], tower, atol=1e-4, rtol=0)
             got = torch.cat(outputs.pooler_output).view_as(projected)
             torch.testing.assert_close(got, projected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_chat_gives_the_published_answer_history_and_ids(golden_8b, golden_model, golden_tokenizer, golden, name):
+@pytest.mark.parametrize("name", golden_cases("8b-v1"))
+def test_chat_gives_the_golden_answer_history_and_ids(golden_8b, golden_model, golden_tokenizer, golden, name):
     cases, tensors = golden
     case = cases[name]
     options = {"max_new_tokens": case["max_new_tokens"], "do_sample": False}
@@ -137,7 +133,7 @@ def test_embeddings_may_be_passed_instead_of_ids(model, processor):
     expected = model(**batch).logits
     ids = batch.pop("input_ids")
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids), **batch).logits, expected)
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(**batch)
 
 
@@ -390,6 +386,11 @@ def test_normalised_or_raw_pixels_are_refused_with_the_remedy(model, processor, 
         model.generate(**batch, **GREEDY)
 
 
+def test_the_remedy_for_normalised_pixels_names_a_function_that_exists(model):
+    module, function = re.search(r"(\w+)\.(\w+)\(pixel_values\)", model._pixel_limits()[2]).groups()
+    assert callable(getattr(importlib.import_module(f"nemotron_vl.{module}"), function))
+
+
 def test_prompt_beyond_the_context_is_refused_with_the_numbers(model, processor):
     ids = torch.full((1, 2048), processor.tokenizer.convert_tokens_to_ids("a"))
     with pytest.raises(ValueError, match="2048 tokens; the context of 2048 tokens"):
@@ -606,18 +607,6 @@ def test_tied_embeddings_stay_tied_through_a_save(model, tmp_path):
     again = Llama_Nemotron_Nano_VL.from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight, tied.get_input_embeddings().weight)
-
-
-def test_an_output_is_made_by_name_or_of_pairs_and_read_as_transformers_do():
-    logits = torch.zeros(1)
-    named = NemotronVLOutput(logits=logits, image_hidden_states=logits)
-    assert list(named) == ["logits", "image_hidden_states"] and named.to_tuple() == (logits, logits)
-    paired = NemotronVLOutput(iter(named.items()))  # as accelerate and DataParallel do
-    assert dict(paired) == dict(named) and paired.loss is None and paired.logits is logits
-    assert list(NemotronVLOutput(loss=logits)) == ["loss"] and not list(NemotronVLOutput())
-    assert list(_pytree.tree_flatten(named)[0]) == [logits] * 2
-    named.loss, named.note = logits, "no field"
-    assert named["loss"] is named.loss and "note" not in named and named.note == "no field"
 
 
 def test_the_language_model_is_a_module_like_others_and_can_be_replaced(model):

@@ -66,7 +66,9 @@ def test_answers_are_counted_token_by_token_and_as_a_whole():
 
 @pytest.mark.parametrize(("fall", "rates"), [("0", [1, 1, 1]), ("0.4", [1, 1, 0.02]), ("1", [1, 0.5, 0.02])])
 def test_the_rate_falls_over_the_share_that_was_asked_for(fall, rates):
-    arguments = runs.run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(["--output", "run", "--fall", fall])
+    arguments = runs.run_parser("", minutes=1, muon_lr=0.1, adamw_lr=1.0).parse_args(
+        ["--output", "run", "--fall", fall]
+    )
     optimizers = runs.build_optimizers(nn.Linear(2, 2), arguments)
     for progress, rate in zip((0.0, 0.5, 1.0), rates, strict=True):
         runs.set_progress(optimizers, progress, steps_since_start=100)

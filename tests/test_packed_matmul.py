@@ -1,19 +1,27 @@
 """The kernels for packed weights against the layer that unpacks; where they run, see kernel_runs.py."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from nemotron_vl import packed_matmul
+from nemotron_vl.checkpoint import TensorHeader
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear, TensorHeader
+from nemotron_vl.quantization_nemotron_vl import FORMATS, PackedLinear
 from torch import nn
 
+from tests.conftest import golden_parameters
 from tests.kernel_runs import DEVICE, INTERPRETED, needs_kernels
 
 pytestmark = pytest.mark.usefixtures("kernels_on_this_device")
 # Of the largest output: one rounding. The interpreter cuts off bits in a cast to bfloat16, GPUs round.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3, torch.float16: 1e-3}
+
+
+def checkpoints_with_kernels(folder: Path) -> list[str]:
+    names = [f"checkpoint_{name.lower()}" for name in packed_matmul.FORMATS]
+    return [name for name in names if (folder / name).is_dir()]
 
 
 def packed_layer(name: str, rows: int, columns: int) -> PackedLinear:
@@ -35,7 +43,7 @@ def packed_layer(name: str, rows: int, columns: int) -> PackedLinear:
         weight = finite_e4m3(rows, columns).view(torch.float8_e4m3fn)
         stored = {"weight": weight, "weight_scale": torch.tensor([2e-3])}
     dtypes = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
-    headers = {key: TensorHeader(dtypes[t.dtype], tuple(t.shape), "", 0, 0) for key, t in stored.items()}
+    headers = {key: TensorHeader(dtypes[t.dtype], tuple(t.shape), "") for key, t in stored.items()}
     layer = PackedLinear(nn.Linear(columns, rows, bias=True, device="meta"), FORMATS[name], headers)
     for key, tensor in stored.items():
         layer.register_parameter(key, nn.Parameter(tensor.to(DEVICE), requires_grad=False))
@@ -86,7 +94,7 @@ def test_all_codes_mean_what_the_format_says():
 
 
 @needs_kernels
-@pytest.mark.parametrize("checkpoint", ["checkpoint_nvfp4", "checkpoint_fp8"])
+@pytest.mark.parametrize("checkpoint", golden_parameters("8b-v1", checkpoints_with_kernels))
 def test_generation_with_kernels_gives_the_tokens_without(golden_8b, monkeypatch, checkpoint):
     model = Llama_Nemotron_Nano_VL.from_pretrained(golden_8b / checkpoint).eval().to(DEVICE)
     ids = torch.arange(3, 20, device=DEVICE)[None]

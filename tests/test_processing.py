@@ -8,14 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from nemotron_vl.processing_nemotron_vl import (
+from nemotron_vl.chat import build_chat_prompts
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor, group_images
+from nemotron_vl.prompts import (
     IMAGE_TOKEN,
+    V1_FORMAT,
+    V2_FORMAT,
     ControlTokenGuard,
-    NemotronVLProcessor,
-    build_chat_prompts,
     encode_prompt,
     flatten_content,
-    group_images,
     image_run,
 )
 from PIL import Image
@@ -43,6 +45,17 @@ def picture(image=SMALL) -> dict:
 def tokenize(processor, conversation, **options):
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, **options}
     return processor.apply_chat_template(conversation, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "processor", "prompt_format"),
+    [
+        (Llama_Nemotron_Nano_VL, NemotronVLProcessor, V1_FORMAT),
+        (NemotronH_Nano_VL_V2, NemotronVLV2Processor, V2_FORMAT),
+    ],
+)
+def test_chat_and_processor_of_a_model_write_prompts_in_one_format(model, processor, prompt_format):
+    assert model.prompt_format is processor.prompt_format is prompt_format
 
 
 def test_image_run_of_internvl_is_one_run_between_tags():
@@ -270,9 +283,9 @@ def test_images_may_be_given_beside_bare_image_parts_but_not_twice(processor):
     assert torch.equal(
         got["input_ids"], tokenize(processor, user(picture(), text("?")), return_tensors="pt")["input_ids"]
     )
-    with pytest.raises(ValueError, match="1 image parts, 1 of them with a picture, and images= was given"):
+    with pytest.raises(ValueError, match="1 image parts, 1 of them with an image, and images= was given"):
         tokenize(processor, user(picture(), text("?")), images=[SMALL])
-    with pytest.raises(ValueError, match="1 image parts, 0 of them with a picture, and images= was not given"):
+    with pytest.raises(ValueError, match="1 image parts, 0 of them with an image, and images= was not given"):
         tokenize(processor, bare)
 
 

@@ -3,24 +3,19 @@
 import inspect
 import itertools
 import json
-import os
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from nemotron_vl.configuration_nemotron_vl import RADIOConfig
 from nemotron_vl.radio_model import RADIOModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(os.environ.get("NEMOTRON_VL_GOLDEN", ROOT.parent / "shared" / "golden")) / "8b-v1"
-GOLDEN_SIZES = ["128x128", "128x80", "16x48", "256x128", "64x128"]
-GOLDEN_CASES = ["one_tile", "second_turn", "tall", "two_images", "wide"]
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="reference outputs are not beside the checkout")
+from tests.conftest import golden_inputs, golden_parameters
 
 # The position table of the tiny tower covers 64 x 64 px: smaller, equal, larger, and one side equal.
 SIZES = [(16, 16), (32, 48), (48, 16), (64, 64), (64, 32), (80, 96)]
@@ -58,32 +53,40 @@ def embedder_inputs(tower, pixel_values):
 # ------------------------------------------------------------------------------------------------ references
 
 
+def golden_names(suffix: str) -> list:
+    """What stands before `suffix` in the names of the stored tensors."""
+
+    def find(folder):
+        with safe_open(folder / "expected.safetensors", "pt") as file:
+            return sorted(name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix))  # noqa: SIM118
+
+    return golden_parameters("8b-v1", find)
+
+
 @pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "expected.safetensors")
+def golden(golden_8b):
+    return load_file(golden_8b / "expected.safetensors")
 
 
-@needs_golden
 @pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", golden_names(".x_uint8"))
 @torch.no_grad()
-def test_tower_equals_the_published_outputs(golden, align_corners):
-    tower = RADIOModel.from_pretrained(GOLDEN / "checkpoint", align_corners=align_corners)
-    for size in GOLDEN_SIZES:
-        output = tower(golden[f"tower_{size}.x_uint8"] / 255)
-        expected = golden[f"tower_{size}.features{'' if align_corners else '_align_corners_false'}"]
-        torch.testing.assert_close(output.features, expected, atol=1e-4, rtol=0)
-        if align_corners:
-            torch.testing.assert_close(output.summary, golden[f"tower_{size}.summary"], atol=1e-4, rtol=0)
+def test_tower_equals_the_golden_outputs(golden_8b, golden, size, align_corners):
+    tower = RADIOModel.from_pretrained(golden_8b / "checkpoint", align_corners=align_corners)
+    output = tower(golden[f"{size}.x_uint8"] / 255)
+    expected = golden[f"{size}.features{'' if align_corners else '_align_corners_false'}"]
+    torch.testing.assert_close(output.features, expected, atol=1e-4, rtol=0)
+    if align_corners:
+        torch.testing.assert_close(output.summary, golden[f"{size}.summary"], atol=1e-4, rtol=0)
 
 
-@needs_golden
+@pytest.mark.parametrize("name", golden_names(".tower_features"))
 @torch.no_grad()
-def test_tower_equals_the_published_features_of_chats(golden):
-    tower = RADIOModel.from_pretrained(GOLDEN / "checkpoint")
-    for case in GOLDEN_CASES:
-        expected = golden[f"{case}.tower_features"]
-        features = tower(x=golden[f"{case}.pixel_values"][: len(expected)]).features
-        torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
+def test_tower_equals_the_golden_features_of_chats(golden_8b, golden, name):
+    tower = RADIOModel.from_pretrained(golden_8b / "checkpoint")
+    expected = golden[f"{name}.tower_features"]
+    features = tower(x=golden_inputs(golden_8b, name)["pixel_values"][: len(expected)]).features
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=0)
 
 
 def native_weights(tower):
@@ -347,61 +350,16 @@ def test_training_mode_changes_nothing_by_default():
     assert torch.equal(tower.train()(pictures()).features, expected)
 
 
-@torch.no_grad()
-def test_random_crops_are_for_training_and_change_only_positions():
-    tower, pixel_values = tiny_tower(random_position_crop=True), pictures()
-    expected = tiny_tower()(pixel_values).features
-    assert torch.equal(tower(pixel_values).features, expected)
-    tower.train()
-    assert not torch.equal(tower(pixel_values).features, tower(pixel_values).features)
-    tower.radio_model.model.patch_generator.pos_embed.zero_()
-    assert torch.equal(tower(pixel_values).features, tower.eval()(pixel_values).features)
+def test_position_table_learns():
+    tower = tiny_tower().train()
+    tower(pictures()).features.square().mean().backward()
+    assert tower.radio_model.model.patch_generator.pos_embed.grad.abs().sum() > 0
 
 
-def coordinate_generator(**changes):
-    """A patch generator whose position table holds its own (row, column), 0..1."""
-    tower = tiny_tower(random_position_crop=True, **changes)
-    patch_generator = tower.radio_model.model.patch_generator
-    side = tower.config.position_grid_size
-    rows, columns = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    table = torch.zeros(side, side, tower.config.hidden_size)
-    table[..., 0], table[..., 1] = rows, columns
-    with torch.no_grad():
-        patch_generator.pos_embed.copy_(table.view(1, side * side, -1))
-    return patch_generator.train()
-
-
-@torch.no_grad()
-def test_random_crops_have_the_published_sizes_and_shapes():
-    patch_generator = coordinate_generator(position_dropout=0.0)
-    torch.manual_seed(0)
-    grid = patch_generator.cropped_positions(2000, 5, 3).view(2000, 5, 3, -1)[..., :2]
-    rows, columns = grid[..., 0], grid[..., 1]
-    assert rows.min() >= -1e-6 and columns.min() >= -1e-6 and grid.max() <= 1 + 1e-6
-    torch.testing.assert_close(rows, rows[:, :, :1].expand_as(rows), atol=1e-5, rtol=0)
-    steps = rows.diff(dim=1)
-    torch.testing.assert_close(steps, steps[:, :1].expand_as(steps), atol=1e-5, rtol=0)
-    heights, widths = rows[:, -1, 0] - rows[:, 0, 0], columns[:, 0, -1] - columns[:, 0, 0]
-    areas, aspects = heights * widths, widths / heights
-    assert 0.1 - 1e-4 <= areas.min() < 0.12 and 0.9 < areas.max() <= 1 + 1e-4
-    assert 0.75 - 1e-4 <= aspects.min() < 0.78 and 1.28 < aspects.max() <= 4 / 3 + 1e-4
-
-
-@torch.no_grad()
-def test_position_dropout_takes_whole_pictures():
-    patch_generator = coordinate_generator(position_dropout=0.25)
-    torch.manual_seed(0)
-    positions = patch_generator.cropped_positions(2000, 4, 4)
-    dropped = (positions == 0).flatten(1).all(1)
-    assert 0.2 < dropped.float().mean() < 0.3
-    assert (positions[~dropped].abs().sum(dim=2) > 0).float().mean() > 0.95
-
-
-def test_position_table_learns_in_both_modes():
-    for changes in ({}, {"random_position_crop": True, "position_dropout": 0.0}):
-        tower = tiny_tower(**changes).train()
-        tower(pictures()).features.square().mean().backward()
-        assert tower.radio_model.model.patch_generator.pos_embed.grad.abs().sum() > 0
+def test_configs_with_the_keys_of_position_augmentation_still_load():
+    keys = {"random_position_crop": False, "position_dropout": 0.1}
+    config = RADIOConfig.from_dict({**tiny_tower().config.to_dict(), **keys})
+    assert {name: config.to_dict()[name] for name in keys} == keys
 
 
 # --------------------------------------------------------------------------------------- weights, saving, compile

@@ -159,8 +159,18 @@ def test_absurd_values_are_refused_before_anything_is_built(source, part, name, 
         logits(source)
 
 
-@pytest.mark.parametrize("changes", [None, {"vocab_size": 1 << 24, "hidden_size": 1 << 14}])
-def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(source, changes, monkeypatch):
+PARAMETERS = r"a model of \d{10,} parameters, but the weights beside it have only \d{6} bytes"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (None, PARAMETERS),
+        ({"vocab_size": 1 << 24, "hidden_size": 1 << 14}, PARAMETERS),
+        ({"num_hidden_layers": 1 << 20}, r"a model of 1048576 layers, but the files beside it hold only \d+ tensors"),
+    ],
+)
+def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(source, changes, reason, monkeypatch):
     config = json.loads((source / "config.json").read_text())
     if changes is None:  # nothing at all stands for the released 8B
         config = {"model_type": config["model_type"]}
@@ -168,9 +178,7 @@ def test_a_config_far_larger_than_its_weights_is_refused_before_memory_is_taken(
         config["llm_config"] |= changes
     (source / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # would allocate what is missing
-    with pytest.raises(
-        ValueError, match=r"a model of \d{10,} parameters, but the weights beside it have only \d{6} bytes"
-    ):
+    with pytest.raises(ValueError, match=reason):
         logits(source)
 
 

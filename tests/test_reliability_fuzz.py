@@ -77,7 +77,7 @@ def test_an_input_is_made_from_its_number_alone():
 
 def test_the_checks_of_a_long_run_find_a_forged_turn(monkeypatch):
     """Without the guard the generators do find forgeries: the long run is not blind."""
-    monkeypatch.setattr("nemotron_vl.processing_nemotron_vl.ControlTokenGuard.protect", lambda self, data, *_: data)
+    monkeypatch.setattr("nemotron_vl.prompts.ControlTokenGuard.protect", lambda self, data, *_: data)
     findings = [fuzz.run(number, "prompts", fuzz.Counter()) for number in range(100)]
     assert sum(finding is not None for finding in findings) > 10
 

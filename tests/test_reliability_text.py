@@ -1,20 +1,17 @@
 """Hostile text: it forges no turn, image or end; every Unicode text is answered or refused; nothing takes for ever."""
 
 import itertools
+import threading
 from collections import UserString
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
-from nemotron_vl import processing_nemotron_vl
-from nemotron_vl.processing_nemotron_vl import (
-    IMAGE_TOKEN,
-    PRIVATE_USE_CHARACTERS,
-    ControlTokenGuard,
-    NemotronVLProcessor,
-    _encode_chat,
-    build_chat_prompts,
-    flatten_content,
-)
+from nemotron_vl import chat, prompts
+from nemotron_vl.chat import _encode_chat, build_chat_prompts
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+from nemotron_vl.prompts import IMAGE_TOKEN, PRIVATE_USE_CHARACTERS, ControlTokenGuard, flatten_content
 from transformers.utils import get_json_schema
 
 from tests.hostile import CONTROL_TOKENS, SMALL, control_counts, expected_counts, forging_tool, tiny_processor
@@ -234,13 +231,13 @@ def test_empty_and_blank_texts_are_empty_turns(words):
 def test_a_megabyte_of_text_is_tokenised_in_one_piece(piece, monkeypatch):
     words = piece * (1_000_000 // len(piece))
     tokenizer, lengths = tiny_processor().tokenizer, []
-    encode_whole = tokenizer.encode
+    backend = prompts.private_backend(tokenizer)
 
     def counting_encode(text, **options):
         lengths.append(len(text))
-        return encode_whole(text, **options)
+        return backend.encode(text, **options)
 
-    monkeypatch.setattr(tokenizer, "encode", counting_encode)
+    monkeypatch.setattr(prompts, "private_backend", lambda _: SimpleNamespace(encode=counting_encode))
     guard = ControlTokenGuard(tokenizer, [words])
     assert guard.protect(words) == words
     assert len(encode(user(words))) >= 1_000_000
@@ -382,10 +379,8 @@ def test_text_parts_keep_their_line_rules_beside_images():
 
 def test_dropping_turns_of_a_long_history_is_no_work_per_turn(caplog, monkeypatch):
     history = [("<image>" + "q" * 20, "a" * 20)] * 1000
-    logger, encodings = "nemotron_vl.processing_nemotron_vl", []
-    monkeypatch.setattr(
-        processing_nemotron_vl, "_encode_chat", lambda *args: encodings.append(1) or _encode_chat(*args)
-    )
+    logger, encodings = "nemotron_vl.chat", []
+    monkeypatch.setattr(chat, "_encode_chat", lambda *args: encodings.append(1) or _encode_chat(*args))
     with caplog.at_level("WARNING", logger):
         prompt = chat_prompt("last", [1] * 1000, history, system_prompt="sys", max_length=500)
     assert len(encodings) <= 13  # a bisection of 1,000, the whole prompt and the result
@@ -408,3 +403,46 @@ def test_the_newest_turn_and_the_system_prompt_are_never_dropped():
     prompt = chat_prompt("<image>" + "x" * 300, [1, 2], [("<image>", "a")], system_prompt="sys", max_length=50)
     assert prompt.history == [] and prompt.tiles == [1, 2]
     assert "sys" in prompt.text and len(prompt.input_ids) > 300  # generate() refuses it with the numbers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"truncation": True, "max_length": 10},
+        {"padding": "max_length", "max_length": 900},
+        {"split_special_tokens": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ids_do_not_depend_on_what_other_threads_do_with_the_tokenizer(model, processor, options):
+    messages = [{"role": "user", "content": "word " * 100}]
+    greedy = {"max_new_tokens": 1, "do_sample": False}
+
+    def results() -> list:
+        ids = processor.apply_chat_template(messages, tokenize=True)[0]
+        called = processor(text="<|begin_of_text|>" + "word " * 100)["input_ids"][0]
+        answer = model.chat(processor.tokenizer, question="word " * 100, generation_config=greedy)
+        return [ids, called, answer, "".join(model.chat_stream(processor, None, "word " * 100, greedy))]
+
+    expected, done = results(), threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            processor.tokenizer(["word " * 2000, "a<image>"], **options)
+
+    with ThreadPoolExecutor(3) as pool:
+        disturbing = [pool.submit(disturb) for _ in range(3)]
+        try:
+            assert all(results() == expected for _ in range(5))
+        finally:
+            done.set()
+        assert [thread.result() for thread in disturbing] == [None] * 3
+
+
+def test_tokens_that_are_added_later_are_used(tiny_checkpoint):
+    processor = NemotronVLProcessor.from_pretrained(tiny_checkpoint)
+    text = "<|begin_of_text|>a<new>b"
+    before = processor(text=text)["input_ids"][0]
+    processor.tokenizer.add_tokens("<new>")
+    new_id = processor.tokenizer.convert_tokens_to_ids("<new>")
+    assert new_id not in before and new_id in processor(text=text)["input_ids"][0]

@@ -33,6 +33,24 @@ ENTRY_FILES = [
     "processing_nemotron_vl.py",
     "radio_model.py",
 ]
+# Which root modules a root module may import.
+ARROWS = {
+    "configuration_nemotron_vl": "",
+    "triton_kernels": "",
+    "prompts": "",
+    "image_processing": "",
+    "checkpoint": "configuration_nemotron_vl",
+    "radio_model": "configuration_nemotron_vl checkpoint",
+    "packed_matmul": "triton_kernels",
+    "decode_attention": "triton_kernels",
+    "quantization_nemotron_vl": "checkpoint packed_matmul",
+    "chat": "prompts",
+    "processing_nemotron_vl": "prompts image_processing",
+    "modeling_nemotron_vl": (
+        "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
+        "prompts packed_matmul"  # the latter for transformers 4.57, which copies direct imports alone
+    ),
+}
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -57,6 +75,14 @@ def test_every_entry_file_imports_its_closure_directly(module):
     direct = {f"{name}.py" for name in get_relative_imports(ROOT / module)}
     closure = {Path(file).name for file in get_relative_import_files(ROOT / module)}
     assert closure == direct
+
+
+def test_root_modules_import_each_other_as_the_table_says():
+    found = {}
+    for module in MODULES:
+        statements = [node for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.ImportFrom)]
+        found[module.removesuffix(".py")] = {node.module for node in statements if node.level}
+    assert found == {module: set(imports.split()) for module, imports in ARROWS.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)

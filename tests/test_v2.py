@@ -1,23 +1,22 @@
 """The 12B V2: what it does otherwise than the 8B V1, and that it equals the published model.
 
-Everything it shares with the 8B V1 is tested there. References: the stored outputs of `../shared/golden/12b-v2`, and
-plain restatements of the published recipe.
+Everything it shares with the 8B V1 is tested there. References: the stored outputs in `tests/golden/12b-v2`, and plain
+restatements of the published recipe.
 """
 
 import json
-import logging
 import os
+import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
 import jinja2
 import nemotron_vl.configuration_nemotron_vl as configuration
-import nemotron_vl.modeling_nemotron_vl as modeling
 import numpy as np
 import pytest
 import torch
 import transformers
+from nemotron_vl.checkpoint import PREFIX_TOKENS_KEY
 from nemotron_vl.configuration_nemotron_vl import NemotronVLV2Config
 from nemotron_vl.image_processing import (
     CLIP_MEAN,
@@ -29,24 +28,20 @@ from nemotron_vl.image_processing import (
     select_tile_grid,
 )
 from nemotron_vl.modeling_nemotron_vl import (
-    PREFIX_TOKENS,
     Llama_Nemotron_Nano_VL,
     NemotronH_Nano_VL_V2,
-    NemotronVLModel,
+    NemotronVLForConditionalGeneration,
     ProjectorRMSNorm,
 )
-from nemotron_vl.processing_nemotron_vl import (
-    NemotronVLProcessor,
-    NemotronVLV2Processor,
-    flatten_content,
-    split_reasoning,
-)
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
+from nemotron_vl.prompts import V2_FORMAT, flatten_content, split_reasoning
 from nemotron_vl.quantization_nemotron_vl import packed_linears
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tests.conftest import golden_cases, golden_inputs, load_weights, read_golden_cases
 from tests.prompts import picture
 from tools import ROOT, adopt, chat
 from tools.build_index import build_index
@@ -138,9 +133,8 @@ def test_a_mixture_of_experts_with_the_same_architecture_is_refused():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hybrid_override_pattern": "M-X"}, "spell the layers with M"),
+        ({"hybrid_override_pattern": "M-X"}, "write the layers with M"),
         ({"num_hidden_layers": 4}, "length of llm_config.hybrid_override_pattern says 3.*num_hidden_layers says 4"),
-        ({"hybrid_override_pattern": "M" * 5000, "num_hidden_layers": None}, "must be a whole number in 1..4096"),
         ({"mamba_num_heads": 10**9}, "mamba_num_heads must be a whole number"),
         ({"model_type": "llama"}, "has a 'nemotron_h' language model"),
     ],
@@ -210,7 +204,7 @@ def test_the_full_size_has_the_published_names_and_shapes(full_size_model):
         "mlp1.1.weight": (20480, 5120),
         "mlp1.3.weight": (5120, 20480),
     }
-    assert shapes[PREFIX_TOKENS] == (16, 1280)
+    assert shapes[PREFIX_TOKENS_KEY] == (16, 1280)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in full_size_model.named_children()}
     assert sizes == {"language_model": 12_320_486_912, "vision_model": 651_653_120, "mlp1": 209_720_320}
 
@@ -273,71 +267,77 @@ def golden(golden_12b) -> dict[str, torch.Tensor]:
     return load_file(golden_12b / "expected.safetensors")
 
 
-def inputs_of(golden: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    names = [key for key in ("input_ids", "pixel_values") if f"{name}.{key}" in golden]
-    return {key: golden[f"{name}.{key}"] for key in names}
-
-
-CASES = ["one_tile", "three_tiles", "text_only"]
-
-
 @needs_nemotron_h
-@pytest.mark.parametrize("name", CASES)
-def test_features_and_logits_equal_the_golden(golden_model, golden, name):
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_features_and_logits_equal_the_golden(golden_12b, golden_model, golden, name):
+    inputs = golden_inputs(golden_12b, name)
     with torch.no_grad():
-        logits = golden_model(**inputs_of(golden, name)).logits
-        torch.testing.assert_close(logits[:, -8:], golden[f"{name}.logits_last"], atol=1e-4, rtol=0)
-        if f"{name}.pixel_values" in golden:
-            features = golden_model.get_image_features(golden[f"{name}.pixel_values"])
-            tower, image = features.last_hidden_state, torch.stack(features.pooler_output)
-            torch.testing.assert_close(tower, golden[f"{name}.tower_features"], atol=1e-4, rtol=0)
-            torch.testing.assert_close(image, golden[f"{name}.image_features"], atol=1e-4, rtol=0)
+        logits, last = golden_model(**inputs).logits, golden[f"{name}.logits_last"]
+        torch.testing.assert_close(logits[:, -last.shape[1] :], last, atol=1e-4, rtol=0)
+        if "pixel_values" in inputs:
+            features = golden_model.get_image_features(inputs["pixel_values"])
+            tower, image = golden[f"{name}.tower_features"], golden[f"{name}.image_features"]
+            torch.testing.assert_close(features.last_hidden_state[: len(tower)], tower, atol=1e-4, rtol=0)
+            torch.testing.assert_close(torch.cat(features.pooler_output).view_as(image), image, atol=1e-4, rtol=0)
+
+
+def greedy(num_tokens: int) -> dict:
+    """Options that generate so many tokens; end tokens do not stop them."""
+    return {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @needs_nemotron_h
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_ids_equal_the_golden(golden_model, golden, name, use_cache):
-    inputs = inputs_of(golden, name)
-    output = golden_model.generate(**inputs, use_cache=use_cache, eos_token_id=None, pad_token_id=0, **GREEDY)
-    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], golden[f"{name}.output_ids"])
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_greedy_ids_equal_the_golden(golden_12b, golden_model, golden, name, use_cache):
+    inputs, stored = golden_inputs(golden_12b, name), golden[f"{name}.output_ids"]
+    output = golden_model.generate(**inputs, use_cache=use_cache, **greedy(stored.shape[1]))
+    assert torch.equal(output[:, inputs["input_ids"].shape[1] :], stored)
 
 
 @needs_nemotron_h
-def test_left_padded_batches_give_the_golden(golden_model, golden):
+def test_left_padded_batches_give_the_golden(golden_12b, golden_model, golden):
     """Prompts of different lengths: the Mamba states must not see the padding."""
-    width = max(golden[f"{name}.input_ids"].shape[1] for name in CASES)
-    rows = [torch.nn.functional.pad(golden[f"{name}.input_ids"][0], (width, 0), value=5)[-width:] for name in CASES]
-    lengths = [golden[f"{name}.input_ids"].shape[1] for name in CASES]
+    names = list(read_golden_cases(golden_12b))
+    cases = [golden_inputs(golden_12b, name) for name in names]
+    lengths = [case["input_ids"].shape[1] for case in cases]
+    width = max(lengths)
+    rows = [torch.nn.functional.pad(case["input_ids"][0], (width, 0), value=5)[-width:] for case in cases]
     mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
-    pixels = torch.cat([golden[f"{name}.pixel_values"] for name in CASES[:2]])
-    inputs = {"input_ids": torch.stack(rows), "attention_mask": mask, "pixel_values": pixels}
+    inputs = {"input_ids": torch.stack(rows), "attention_mask": mask}
+    if pixels := [case["pixel_values"] for case in cases if "pixel_values" in case]:
+        inputs["pixel_values"] = torch.cat(pixels)
+    last = torch.cat([golden[f"{name}.logits_last"] for name in names])
     with torch.no_grad():
-        logits = golden_model(**inputs).logits[:, -8:]
-    torch.testing.assert_close(logits, torch.cat([golden[f"{name}.logits_last"] for name in CASES]), atol=1e-4, rtol=0)
-    output = golden_model.generate(**inputs, eos_token_id=None, pad_token_id=0, **GREEDY)
-    assert torch.equal(output[:, width:], torch.cat([golden[f"{name}.output_ids"] for name in CASES]))
+        logits = golden_model(**inputs).logits[:, -last.shape[1] :]
+    torch.testing.assert_close(logits, last, atol=1e-4, rtol=0)
+    stored = [golden[f"{name}.output_ids"][0] for name in names]
+    output = golden_model.generate(**inputs, **greedy(max(len(ids) for ids in stored)))
+    assert all(torch.equal(new[: len(ids)], ids) for new, ids in zip(output[:, width:], stored, strict=True))
 
 
 @needs_nemotron_h
-def test_chat_writes_the_golden_prompts(golden_12b, golden_model, golden, monkeypatch):
+@pytest.mark.parametrize("name", golden_cases("12b-v2"))
+def test_chat_writes_the_golden_prompts(golden_12b, golden_model, golden, name, monkeypatch):
     processor = NemotronVLV2Processor.from_pretrained(golden_12b / "checkpoint", chat_template=TEMPLATE)
     processor.tokenizer.chat_template = TEMPLATE
     prompts = []
     monkeypatch.setattr(golden_model, "generate", lambda **inputs: prompts.append(inputs) or inputs["input_ids"])
-    for name in CASES:
-        golden_model.chat(processor, golden.get(f"{name}.pixel_values"), "What is the total?", GREEDY)
-        assert torch.equal(prompts[-1]["input_ids"], golden[f"{name}.input_ids"])
+    turns = r"System\n(.*)\n<SPECIAL_11>User\n(?:<img>.*</img>\n)?(.*)\n<SPECIAL_11>Assistant\n"
+    system, question = re.search(
+        turns, read_golden_cases(golden_12b)[name]["text_after_expansion"], re.DOTALL
+    ).groups()
+    pixel_values = golden_inputs(golden_12b, name).get("pixel_values")
+    golden_model.chat(processor, pixel_values, question, GREEDY, system_prompt=system or None)
+    assert torch.equal(prompts[-1]["input_ids"], golden[f"{name}.input_ids"])
 
 
 @needs_nemotron_h
 def test_the_golden_checkpoint_is_saved_under_its_published_names(golden_12b, golden_model, tmp_path):
-    published = {}
-    for file in (golden_12b / "checkpoint").glob("*.safetensors"):
-        published |= load_file(file)
+    published = load_weights(golden_12b / "checkpoint")
     golden_model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors")
-    del published["vision_model.radio_model.summary_idxs"]  # a constant of the config
+    saved = load_weights(tmp_path)
+    published.pop("vision_model.radio_model.summary_idxs", None)  # a constant of the config
     assert saved.keys() == published.keys()
     assert all(torch.equal(saved[name], published[name]) for name in saved)
 
@@ -371,7 +371,10 @@ def inputs(processor):
 
 
 def test_the_shared_class_is_no_model_by_itself():
-    for method in (NemotronVLModel._build_language_model, NemotronVLModel._build_projector):
+    for method in (
+        NemotronVLForConditionalGeneration._build_language_model,
+        NemotronVLForConditionalGeneration._build_projector,
+    ):
         with pytest.raises(NotImplementedError, match="one of its two members"):
             method(*[None] * method.__code__.co_argcount)
 
@@ -459,25 +462,11 @@ def test_tiles_of_another_scale_are_refused(model, inputs, factor):
 
 
 @needs_nemotron_h
-def test_missing_kernels_are_announced_once(model, inputs, monkeypatch):
-    kernels = logging.getLogger("transformers.integrations.hub_kernels")
-    said = []
-    monkeypatch.setattr(kernels, "handlers", [SimpleNamespace(level=0, handle=lambda r: said.append(r.getMessage()))])
-    monkeypatch.setattr(kernels, "propagate", False)
-    monkeypatch.setattr(kernels, "filters", [modeling._ONE_NOTICE])
-    monkeypatch.setattr(modeling._ONE_NOTICE, "said", False)
-    transformers.utils.logging.warning_once.cache_clear()
-    model.generate(**inputs, **GREEDY)
-    kernels.warning("Something else.")
-    assert len(said) == 2 and "`mamba-ssm` and `causal-conv1d`, which are not installed" in said[0]
-
-
-@needs_nemotron_h
 def test_a_wrong_number_of_prefix_tokens_is_named_with_both_counts(tiny_v2_checkpoint, tmp_path, capsys):
     folder = tmp_path / "ten"
     shutil.copytree(tiny_v2_checkpoint, folder)
     weights = load_file(folder / "model.safetensors")
-    weights[PREFIX_TOKENS] = weights[PREFIX_TOKENS][:10].clone()
+    weights[PREFIX_TOKENS_KEY] = weights[PREFIX_TOKENS_KEY][:10].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"cls_token\.token holds 10 class and register tokens, but .* counts 16"):
         NemotronH_Nano_VL_V2.from_pretrained(folder)
@@ -807,7 +796,7 @@ def test_the_template_refuses_what_it_cannot_write(messages):
     "content", [None, "", "\na", [], [IMAGE], ["a"], [IMAGE, "\n\na"], ["a", IMAGE, "\nb", IMAGE], [IMAGE, "<image>b"]]
 )
 def test_the_template_flattens_parts_as_the_processor_does(content):
-    flattened, _ = flatten_content(content, images_first=True)
+    flattened, _ = flatten_content(content, prompt_format=V2_FORMAT)
     assert render([user(content)]) == render([user(flattened)])
 
 

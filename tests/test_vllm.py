@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nemotron_vl.checkpoint import SINGLE_FILE
 from nemotron_vl.image_processing import select_tile_grid
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from tools import ROOT, adopt, quantize, tiny_checkpoint
 from tools.chat import load
 from tools.tiny_checkpoint import make_config
-from tools.weights import SINGLE_FILE
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from nemotron_vl.checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, CheckpointError, read_json
 from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig, NemotronVLV2Config
 from nemotron_vl.image_processing import V2_RECIPE, NemotronVLImageProcessor
+from nemotron_vl.processing_nemotron_vl import with_keys_of_all_versions
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -29,17 +31,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from . import ROOT
 from .weights import (
     CONFIG_ERRORS,
-    INDEX_FILE,
     MODELS,
-    SINGLE_FILE,
-    TORCH_DTYPES,
-    CheckpointError,
     WeightReport,
     check_values,
     check_weights,
     main_dtype,
     make_index,
-    read_json,
 )
 
 # Asked of the tokenizer, with ours in its place where the vocabulary has it.
@@ -158,7 +155,7 @@ def config_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, by
             if key in stated or key not in noise or value != noise[key]
         }
     if not written.get("torch_dtype") and main_dtype(weights.tensors):
-        written["torch_dtype"] = TORCH_DTYPES[main_dtype(weights.tensors)]
+        written["torch_dtype"] = str(TORCH_DTYPES[main_dtype(weights.tensors)]).removeprefix("torch.")
     files = {"config.json": _json(written)}
     if weights.files != [SINGLE_FILE]:
         files[INDEX_FILE] = _json(make_index(weights.tensors))
@@ -188,7 +185,7 @@ def tokenizer_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
         )
     template = _source_template(source, tokenizer)
     path = source / "special_tokens_map.json"
-    tokenizer = _spell_for_every_version(found, tokenizer, read_json(path) if path.exists() else {}, added)
+    tokenizer = _complete_tokenizer_config(found, tokenizer, read_json(path) if path.exists() else {}, added)
     for name in ("bos_token", "eos_token"):
         if name not in tokenizer:
             found.problems.append(f"The tokenizer files name no {name}.")
@@ -211,15 +208,13 @@ def _added_tokens(vocabulary: dict[str, Any], tokenizer: dict[str, Any]) -> dict
         raise CheckpointError(f"tokenizer.json or tokenizer_config.json has broken added tokens: {error}") from None
 
 
-def _spell_for_every_version(
+def _complete_tokenizer_config(
     found: Inspection, tokenizer: dict[str, Any], special: dict[str, Any], added: dict[str, int]
 ) -> dict[str, Any]:
     ours = read_json(found.ours / "tokenizer_config.json")
     text_config = found.config.llm_config
-    extra = tokenizer.get("extra_special_tokens")
-    if isinstance(extra, list):  # transformers 5 writes a list where 4.57 takes only a dict
-        tokenizer["additional_special_tokens"] = extra
-    if isinstance(extra, list) or not extra:
+    tokenizer = with_keys_of_all_versions(tokenizer)
+    if not tokenizer.get("extra_special_tokens"):
         tokenizer.pop("extra_special_tokens", None)
     for name in ("auto_map", "chat_template"):  # foreign code; the template has a file of its own
         tokenizer.pop(name, None)
@@ -428,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = inspect(arguments.source)
         if arguments.check and found.weights.tensors and not found.weights.problems:
-            found.problems += check_values(found.source, found.weights)
+            found.problems += check_values(found.weights)
         if not arguments.check and not found.problems:
             found.problems += reasons_against(arguments.out, found, arguments.force)
         print(found.report())

@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemotron_vl.checkpoint import INDEX_FILE, TensorHeader
+
 from . import ROOT
-from .weights import INDEX_FILE, TORCH_DTYPES, Tensor, expected_tensors, make_index, model_class
+from .weights import PLAIN_DTYPES, expected_tensors, make_index, model_class
 
 
 def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -> dict[str, Any]:
@@ -24,12 +26,12 @@ def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -
     Args:
         config: a `NemotronVLConfig` or `NemotronVLV2Config`.
         max_shard_size: largest size of a file in GB (10^9 bytes).
-        dtype: of every tensor, in safetensors' words.
+        dtype: of every tensor, by its safetensors name.
     """
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, TensorHeader]] = [{}]
     filled = 0
     for name, shape in expected_tensors(config, {})[0].items():
-        tensor = Tensor(dtype, shape, file="")
+        tensor = TensorHeader(dtype, shape, file="")
         if shards[-1] and filled + tensor.num_bytes > max_shard_size * 1e9:
             shards.append({})
             filled = 0
@@ -37,7 +39,7 @@ def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -
         filled += tensor.num_bytes
     return make_index(
         {
-            name: Tensor(tensor.dtype, tensor.shape, f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            name: TensorHeader(tensor.dtype, tensor.shape, f"model-{number:05d}-of-{len(shards):05d}.safetensors")
             for number, shard in enumerate(shards, start=1)
             for name, tensor in shard.items()
         }
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT, help="folder with a config.json (the root)")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes")
-    parser.add_argument("--dtype", choices=TORCH_DTYPES, default="BF16")
+    parser.add_argument("--dtype", choices=PLAIN_DTYPES, default="BF16")
     arguments = parser.parse_args(argv)
     config = model_class(arguments.folder).config_class.from_pretrained(arguments.folder)
     index = build_index(config, arguments.max_shard_size, arguments.dtype)

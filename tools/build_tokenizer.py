@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from nemotron_vl.processing_nemotron_vl import IMAGE_TOKEN
+from nemotron_vl.prompts import IMAGE_TOKEN
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from . import ROOT

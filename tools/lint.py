@@ -19,6 +19,8 @@ LINTED_AS = {
     "processing_nemotron_vl.py": "processing_nemotron_vl.py",
     "image_processing.py": "image_processing_nemotron_vl.py",
     "radio_model.py": "modeling_radio.py",
+    "prompts.py": "processing_prompts.py",
+    "chat.py": "modeling_chat.py",
 }
 
 EXCEPTIONS = {

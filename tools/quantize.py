@@ -22,22 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemotron_vl.checkpoint import SAFETENSORS_DTYPES, TensorHeader
+from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor, NemotronVLV2Processor
 from nemotron_vl.quantization_nemotron_vl import (
     AWQ_SHIFTS,
     E2M1_VALUES,
     FORMATS,
     NVFP4_BLOCK,
-    SAFETENSORS_DTYPES,
     PackedConfig,
     PackedLinear,
-    TensorHeader,
     packed_linears,
 )
 from torch import nn
 
 from .weights import model_class
 
+PROCESSORS = {NemotronVLConfig.model_type: NemotronVLProcessor, NemotronVLV2Config.model_type: NemotronVLV2Processor}
 FORMAT_NAMES = {"nvfp4": "NVFP4", "fp8": "FP8", "awq": "AWQ GEMM"}
 MODELOPT_VERSION = "0.47.0"
 E4M3_MAX = 448.0
@@ -370,8 +371,7 @@ def _encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_si
 def make_packed_linear(linear: nn.Linear, format_name: str, tensors: dict[str, torch.Tensor]) -> PackedLinear:
     """Build a packed layer around encoded tensors."""
     headers = {
-        key: TensorHeader(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "", 0, 0)
-        for key, tensor in tensors.items()
+        key: TensorHeader(SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), "") for key, tensor in tensors.items()
     }
     packed = PackedLinear(linear, FORMATS[format_name], headers)
     for key, tensor in tensors.items():
@@ -451,8 +451,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty; name a new folder.")
     model = model_class(options.source).from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
-    processor_class = NemotronVLV2Processor if model.numbers_images else NemotronVLProcessor
-    processor = processor_class.from_pretrained(options.source)
+    processor = PROCESSORS[model.config.model_type].from_pretrained(options.source)
     statistics = calibrate(
         model, picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
     )

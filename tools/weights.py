@@ -5,8 +5,6 @@ with the model built on the meta device, and returns the problems as sentences. 
 `check_values` does read the weights, for NaN and infinity.
 """
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,29 +12,28 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from nemotron_vl.checkpoint import (
+    INDEX_FILE,
+    PREFIX_TOKENS_KEY,
+    SINGLE_FILE,
+    CheckpointError,
+    TensorHeader,
+    read_header,
+    read_index,
+    read_json,
+)
 from nemotron_vl.configuration_nemotron_vl import MIXTURE_OF_EXPERTS
-from nemotron_vl.modeling_nemotron_vl import PREFIX_TOKENS, Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
-from nemotron_vl.quantization_nemotron_vl import TensorHeader, is_quantised, pack_linears, packed_linears
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
+from nemotron_vl.quantization_nemotron_vl import is_quantised, pack_linears, packed_linears
 from safetensors import safe_open
 
 # The classes of the family by the model_type of their configs.
 MODELS = {model.config_class.model_type: model for model in (Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2)}
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8),
-    "F4": 4,
-}
 VALUES_AT_ONCE = 1 << 24  # numbers looked at together
 PLAIN_DTYPES = ("BF16", "F16", "F32")
-TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 # What building a config or a model out of a broken config.json raises.
 CONFIG_ERRORS = (
@@ -51,23 +48,6 @@ CONFIG_ERRORS = (
 )
 
 
-class CheckpointError(ValueError):
-    """A file of a checkpoint that cannot be used; the message says which, why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A stored tensor as its header describes it; `dtype` in safetensors' words (BF16, F8_E4M3, ...)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * BITS[self.dtype] // 8
-
-
 @dataclass
 class WeightReport:
     """What a folder holds.
@@ -80,7 +60,7 @@ class WeightReport:
         notes: remarks that do not keep the weights from loading.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, TensorHeader] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -99,68 +79,12 @@ def model_class(folder: Path) -> Any:
     return MODELS[model_type]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def find_weight_files(folder: Path, report: WeightReport) -> dict[str, str]:
+    """Fill `report.files` with the files transformers would load, and return the index's weight map (may be empty).
 
     Raises:
-        CheckpointError: if the file is absent, is not JSON, or holds something else than an object.
+        CheckpointError: if the index is damaged.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name} is missing. Download the whole checkpoint.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is not JSON{_half_download(path)} ({error}).") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} holds a {type(data).__name__}, not a JSON object.")
-    return data
-
-
-def read_header(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file from its header, and check that the file is whole.
-
-    Raises:
-        CheckpointError: if the file is truncated, longer than its header says, or no safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path.name} is not a safetensors file{_half_download(path)}.")
-        text = file.read(header_bytes)
-    if len(text) < header_bytes:
-        raise CheckpointError(f"{path.name} is truncated inside its header: it has {size} bytes. Download it again.")
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        spans = sorted((*map(int, entry["data_offsets"]), name) for name, entry in header.items())
-        tensors = {
-            name: Tensor(entry["dtype"], tuple(map(int, entry["shape"])), path.name) for name, entry in header.items()
-        }
-        end = 0
-        for begin, next_end, name in spans:
-            if begin != end or next_end - begin != tensors[name].num_bytes or min(tensors[name].shape, default=0) < 0:
-                raise ValueError(f"the bytes {begin}..{next_end} do not fit {name}, {tensors[name]}")
-            end = next_end
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} has a broken safetensors header ({error}). Download it again.") from None
-    needed = 8 + header_bytes + end
-    if size != needed:
-        what = "is truncated" if size < needed else "has surplus bytes"
-        raise CheckpointError(f"{path.name} {what}: {size} bytes instead of {needed}. Download it again.")
-    return tensors
-
-
-def _half_download(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        return ", it is a git-lfs pointer: run `git lfs pull` in the source"
-    return ""
-
-
-def find_weight_files(folder: Path, report: WeightReport) -> dict[str, Any]:
-    """Fill `report.files` with the files transformers would load, and return the index's weight map (may be empty)."""
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
@@ -169,16 +93,10 @@ def find_weight_files(folder: Path, report: WeightReport) -> dict[str, Any]:
             report.problems.append(f"There is no safetensors file, and {refused}. Download the safetensors weights.")
             return {}
         report.notes.append(refused[0].upper() + refused[1:] + ".")
-    weight_map: dict[str, Any] = {}
     if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{INDEX_FILE} has no weight_map from tensor names to file names.")
+        weight_map = read_index(folder / INDEX_FILE)["weight_map"]
         named = sorted(set(weight_map.values()))
-        outside = [name for name in named if name != Path(name).name or "\\" in name or not name.strip(". ")]
-        absent = [name for name in named if name not in present and name not in outside]
-        if outside:
-            report.problems.append(f"{INDEX_FILE} names files that do not lie in the directory: {_some(outside)}.")
+        absent = [name for name in named if name not in present]
         if absent:
             report.problems.append(
                 f"{INDEX_FILE} names files that are absent: {_some(absent)}. Finish the download first."
@@ -212,22 +130,26 @@ def read_tensors(folder: Path, report: WeightReport) -> None:
             continue
         twice = sorted(tensors.keys() & report.tensors.keys())
         if twice:
-            files = {report.tensors[tensor].file for tensor in twice}
+            files = sorted({_file_name(report.tensors[tensor]) for tensor in twice})
             report.problems.append(
-                f"{len(twice)} tensors are stored twice, in {name} and in {_some(sorted(files))}: {_some(twice)}."
+                f"{len(twice)} tensors are stored twice, in {name} and in {_some(files)}: {_some(twice)}."
             )
         report.tensors.update(tensors)
-    moved = [name for name, file in weight_map.items() if name in report.tensors and report.tensors[name].file != file]
-    unlisted = [name for name in report.tensors if name not in weight_map] if weight_map else []
-    if moved or unlisted:
+    found = {name: _file_name(tensor) for name, tensor in report.tensors.items()}
+    wrong = [name for name, file in weight_map.items() if found.get(name, file) != file]
+    wrong += [name for name in found if weight_map and name not in weight_map]
+    if wrong:
         report.notes.append(
-            f"{INDEX_FILE} is wrong about {len(moved) + len(unlisted)} tensors ({_some(moved + unlisted)}); the files' "
-            "own headers count."
+            f"{INDEX_FILE} is wrong about {len(wrong)} tensors ({_some(wrong)}); the headers of the files count."
         )
 
 
+def _file_name(tensor: TensorHeader) -> str:
+    return Path(tensor.file).name
+
+
 def expected_tensors(
-    config: Any, tensors: Mapping[str, Tensor]
+    config: Any, tensors: Mapping[str, TensorHeader]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int], set[str]]:
     """Return what the model of `config` saves when its weights are stored as `tensors` are.
 
@@ -243,10 +165,7 @@ def expected_tensors(
     """
     with torch.device("meta"):
         model = MODELS[config.model_type](config)
-        headers = {
-            name: TensorHeader(own.dtype, own.shape, own.file, 0, own.num_bytes) for name, own in tensors.items()
-        }
-        formats = pack_linears(model, headers)
+        formats = pack_linears(model, tensors)
     packed = {f"{name}.{key}" for name, layer in packed_linears(model) for key in layer.packed_tensors()}
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, formats, packed
 
@@ -298,22 +217,22 @@ def check_weights(folder: Path, config: Any) -> WeightReport:
 
 def count_prefix_tokens(vision_config: Any, report: WeightReport) -> None:
     """Make the config count as many class and register tokens as the checkpoint holds."""
-    stored = report.tensors[PREFIX_TOKENS].shape[0] if PREFIX_TOKENS in report.tensors else None
+    stored = report.tensors[PREFIX_TOKENS_KEY].shape[0] if PREFIX_TOKENS_KEY in report.tensors else None
     if stored in (None, vision_config.num_prefix_tokens) or stored < vision_config.num_cls_tokens:
         return
     report.notes.append(
-        f"{PREFIX_TOKENS} holds {stored} tokens, the config counts {vision_config.num_prefix_tokens}; the tensor is "
+        f"{PREFIX_TOKENS_KEY} holds {stored} tokens, the config counts {vision_config.num_prefix_tokens}; the tensor is "
         "right."
     )
     vision_config.num_registers = stored - vision_config.num_cls_tokens
     vision_config.args["cpe_num_registers"] = vision_config.num_registers  # goes before register_multiple
 
 
-def check_values(folder: Path, report: WeightReport) -> list[str]:
+def check_values(report: WeightReport) -> list[str]:
     """Read every number of the plain weights, and return a sentence if some are NaN or infinite."""
     broken = []
-    for name in sorted({tensor.file for tensor in report.tensors.values()}):
-        with safe_open(folder / name, framework="pt") as file:
+    for file_name in sorted({tensor.file for tensor in report.tensors.values()}):
+        with safe_open(file_name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (the file is no dict)
                 if report.tensors[key].dtype in PLAIN_DTYPES:
                     pieces = file.get_tensor(key).flatten().split(VALUES_AT_ONCE)
@@ -325,7 +244,7 @@ def check_values(folder: Path, report: WeightReport) -> list[str]:
 
 
 def compare(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any, packed: set[str]
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorHeader], config: Any, packed: set[str]
 ) -> list[str]:
     """Return one sentence for each kind of difference between weights and model; `packed` names quantised tensors."""
     missing = sorted(name for name in expected if name not in found and not is_optional(name, config))
@@ -351,7 +270,7 @@ def compare(
     return problems
 
 
-def remarks(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], config: Any) -> list[str]:
+def remarks(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorHeader], config: Any) -> list[str]:
     """Return what is worth knowing about weights that fit."""
     notes = []
     absent = sorted(name for name in expected if name not in found and is_optional(name, config))
@@ -367,18 +286,18 @@ def remarks(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
     return notes
 
 
-def main_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """Return the plain dtype that holds most bytes, in safetensors' words; "" when there is none."""
+def main_dtype(tensors: Mapping[str, TensorHeader]) -> str:
+    """Return the plain dtype that holds most bytes, by its safetensors name; "" when there is none."""
     sizes = {dtype: sum(t.num_bytes for t in tensors.values() if t.dtype == dtype) for dtype in PLAIN_DTYPES}
     largest = max(sizes, key=lambda dtype: sizes[dtype])
     return largest if sizes[largest] else ""
 
 
-def make_index(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def make_index(tensors: Mapping[str, TensorHeader]) -> dict[str, Any]:
     """Return the content of model.safetensors.index.json: tensor to file, and the bytes of all tensors."""
     return {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors.values())},
-        "weight_map": {name: tensors[name].file for name in sorted(tensors)},
+        "weight_map": {name: _file_name(tensors[name]) for name in sorted(tensors)},
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemotron_vl.processing_nemotron_vl import flatten_content
+from nemotron_vl.prompts import flatten_content
 from PIL import Image
 from torch.utils.data import Dataset
 

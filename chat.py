@@ -1,0 +1,656 @@
+"""A conversation over a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
+
+`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Everything
+that a conversation needs travels with its calls; nothing is stored on the model.
+"""
+
+import bisect
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
+from transformers.utils import logging
+
+from .prompts import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    THINK_START,
+    V1_FORMAT,
+    ControlTokenGuard,
+    PromptFormat,
+    PromptPieces,
+    encode_prompt,
+    image_run,
+    image_token_id_of,
+    leading_images,
+    render_messages,
+    split_reasoning,
+)
+
+logger = logging.get_logger(__name__)
+
+# The length of an answer if the caller gives none, as in the examples of the model card.
+DEFAULT_MAX_NEW_TOKENS = 1024
+
+
+class ChatCache(DynamicCache):
+    """Keys and values of one prompt and its answer, with the ids and tiles they belong to; `chat()` updates it in place.
+
+    What a new prompt does not share with the last one is dropped before the cache is used, so an answer takes less time
+    with a kept cache and never depends on it. A cache serves only the model, with its adapters, that filled it. Use
+    `copy.deepcopy` to branch a conversation.
+
+    Attributes:
+        input_ids: ids of the positions in the cache.
+        tiles: tiles, or features of `visual_features`, whose image tokens are among these ids; None without images.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_ids: list[int] = []
+        self.tiles: torch.Tensor | None = None
+
+    def keep_beginning_of(self, input_ids: Sequence[int], tiles: torch.Tensor | None, image_token_id: int) -> int:
+        """Crop the cache to its longest common beginning with a prompt, whose last position is never kept.
+
+        Args:
+            input_ids: ids of the whole prompt.
+            tiles: `(num_tiles, ...)`, all its tiles, which have equally many image tokens each; None without images.
+            image_token_id: id of the image tokens.
+
+        Returns:
+            how many of the tiles are kept.
+
+        Raises:
+            ValueError: if the cache was cropped outside of `chat()`.
+        """
+        num_cached = int(self.get_seq_length())
+        if num_cached < len(self.input_ids):
+            raise ValueError(
+                f"This cache holds {num_cached} positions, but chat() left {len(self.input_ids)} in it. Something else "
+                "has cut it; take a new one from model.chat_cache()."
+            )
+        kept = _num_equal(self.input_ids, input_ids[:-1])
+        kept_tiles = 0
+        if tiles is not None and len(tiles):
+            places = [place for place, token in enumerate(input_ids) if token == image_token_id]
+            tokens_per_tile = len(places) // len(tiles)
+            read_tiles = sum(place < kept for place in places) // tokens_per_tile
+            kept_tiles = min(read_tiles, _num_equal_tiles(self.tiles, tiles))
+            if kept_tiles < len(tiles):
+                kept = min(kept, places[kept_tiles * tokens_per_tile])
+        if kept < num_cached:
+            self.crop(kept - num_cached)
+        self.remember(input_ids, tiles[:kept_tiles] if kept_tiles else None)
+        return kept_tiles
+
+    def remember(self, input_ids: Sequence[int], tiles: torch.Tensor | None) -> None:
+        """Store the ids of the positions that the cache now holds, the first of `input_ids`, and their tiles."""
+        self.input_ids = list(input_ids[: int(self.get_seq_length())])
+        self.tiles = tiles
+
+
+@dataclass
+class ChatPrompt:
+    """The prompt for one question of `chat()`.
+
+    Args:
+        input_ids: ids of the whole prompt.
+        tiles: indices of the tiles it uses, in prompt order.
+        question: the question as it goes into the history, with its placeholders.
+        history: earlier `(question, answer)` pairs that are part of the prompt.
+        text: the rendered prompt, one `<image>` per image.
+    """
+
+    input_ids: list[int]
+    tiles: list[int]
+    question: str
+    history: list[tuple[str, str]]
+    text: str
+
+    def history_with(self, answer: str) -> list[tuple[str, str]]:
+        """Return the history after an answer. Requested reasoning is left out: the next prompt must not hold it."""
+        if self.text.rstrip().endswith(THINK_START):
+            answer = split_reasoning(answer, thinking=True)[1]
+        return [*self.history, (self.question, answer)]
+
+
+class ChatMixin:
+    """`chat`, `chat_stream` and `chat_cache` for a model.
+
+    The model brings `generate`, `config`, `generation_config` and `get_input_embeddings` as transformers has them,
+    `_check_images(pixel_values, visual_features)`, which refuses tensors of another shape, and its `prompt_format`.
+    """
+
+    prompt_format: PromptFormat
+
+    def chat(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None = None,
+        question: str | Sequence[str] | None = None,
+        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
+        history: Sequence[Any] | None = None,
+        return_history: bool = False,
+        num_patches: torch.Tensor | Sequence[Any] | None = None,
+        IMG_START_TOKEN: str = "<img>",
+        IMG_END_TOKEN: str = "</img>",
+        IMG_CONTEXT_TOKEN: str = "<image>",
+        verbose: bool = False,
+        visual_features: torch.Tensor | None = None,
+        system_prompt: str | None = None,
+        *,
+        num_patches_list: torch.Tensor | Sequence[Any] | None = None,
+        streamer: Any | None = None,
+        truncation: str | None = None,
+        enable_thinking: bool | None = None,
+        past_key_values: ChatCache | None = None,
+    ) -> Any:
+        """Answer a question, or a batch of them, about images or text.
+
+        Each `<image>` in the question and in the questions of the history marks the place of one image, in order. If
+        a first question has none, one `<image>` per image is put in front of it. All other control tokens in the
+        texts are plain text. Nothing is stored on the model, and the caller's objects stay as they are.
+
+        Args:
+            tokenizer: the checkpoint's tokenizer, or its processor.
+            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1: the tiles of all images, those of the history
+                first; None for text only.
+            question: one question, or a list for a batch.
+            generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
+            history: earlier `(question, answer)` pairs, for a batch one list per question.
+            return_history: also return the history with this turn appended.
+            num_patches: tiles per image; None takes all tiles as one image. For a batch either one flat list, whose
+                images go to the placeholders in order (one image per question if there are none), or one list per
+                question.
+            IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
+            verbose: log the prompt, with the image tokens left out.
+            visual_features: see `generate`; instead of `pixel_values`.
+            system_prompt: text of a system block in front.
+            num_patches_list: InternVL's name of `num_patches`.
+            streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
+            truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
+                answer fit the context, and logs a warning; None raises an error instead.
+            enable_thinking: whether the 12B V2 reasons before it answers; None leaves this to `/think` and `/no_think`
+                in the texts. The answer holds the reasoning (`split_reasoning` splits the two), the history does not.
+            past_key_values: a cache from `chat_cache()`, updated in place. It saves time and does not change the
+                answer: the beginning that a prompt shares with the previous one, images included, is not computed
+                again. Pass all pixels and the history as without it. One question only.
+
+        Returns:
+            the answer; with `return_history` `(answer, history)`; for a batch lists of them.
+
+        Raises:
+            ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
+                fit the context; the message holds the numbers and the remedy.
+        """
+        _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
+        if truncation not in (None, "oldest_turns"):
+            raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        options, extra_options = self._generation_options(tokenizer, generation_config)
+        if past_key_values is not None:
+            _check_chat_cache(past_key_values, question, options)
+            extra_options["past_key_values"] = past_key_values
+        tiles = visual_features if visual_features is not None else pixel_values
+        if tiles is not None:
+            self._check_images(pixel_values, visual_features)
+        prompts = build_chat_prompts(
+            tokenizer,
+            question,
+            history=history,
+            num_tiles=0 if tiles is None else len(tiles),
+            num_patches=num_patches if num_patches is not None else num_patches_list,
+            tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
+            image_token_id=self._image_token_id_of(tokenizer),
+            image_tag_type=self.config.image_tag_type,
+            # InternVL clients set their system prompt on the model.
+            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
+            max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
+            prompt_format=self.prompt_format,
+            enable_thinking=enable_thinking,
+        )
+        if verbose:
+            logger.warning("\n".join(prompt.text for prompt in prompts))
+        if tiles is not None:
+            tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
+        name = "pixel_values" if visual_features is None else "visual_features"
+        answers = self._answer(tokenizer, prompts, options, extra_options, streamer, tiles, name)
+        histories = [prompt.history_with(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        if isinstance(question, str):
+            answers, histories = answers[0], histories[0]
+        return (answers, histories) if return_history else answers
+
+    def _generation_options(
+        self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """Return a new `GenerationConfig` with the defaults of `chat`, and the given options that it does not have."""
+        if isinstance(generation_config, GenerationConfig):
+            options, given = copy.deepcopy(generation_config), {}
+        else:
+            options, given = copy.deepcopy(self.generation_config), dict(generation_config or {})
+            options.eos_token_id = tokenizer.eos_token_id
+        extra_options = options.update(**given)
+        if options.eos_token_id is None:
+            options.eos_token_id = tokenizer.eos_token_id
+        if options.pad_token_id is None:
+            pad, eos = tokenizer.pad_token_id, options.eos_token_id
+            options.pad_token_id = pad if pad is not None else eos[0] if isinstance(eos, list) else eos
+        if options.max_new_tokens is None and options.max_length == GenerationConfig().max_length:
+            options.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+        if (options.num_return_sequences or 1) > 1:
+            raise ValueError(
+                f"chat() gives one answer per question, but num_return_sequences={options.num_return_sequences}. "
+                "Call generate() for several."
+            )
+        return options, extra_options
+
+    def _longest_prompt(self, max_new_tokens: int) -> int:
+        """Return how many tokens of the context are left for a prompt if an answer may take `max_new_tokens`.
+
+        Raises:
+            ValueError: if that is none.
+        """
+        window = self.config.max_sequence_length
+        if max_new_tokens >= window:
+            raise ValueError(
+                f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the context of {window} tokens, so "
+                "truncation='oldest_turns' cannot say which turns fit. Ask for fewer."
+            )
+        return window - max_new_tokens
+
+    def _tokens_per_tile(self, pixel_values: torch.Tensor | None, visual_features: torch.Tensor | None) -> int:
+        """Return how many image tokens stand for each of these tiles.
+
+        Raises:
+            ValueError: if the sides of the tiles cannot be divided into tokens.
+        """
+        if visual_features is not None:
+            return visual_features.shape[1]
+        if pixel_values is None:
+            return self.config.num_image_tokens_per_tile
+        height, width = pixel_values.shape[-2:]
+        side = self.config.patch_size * self.config.merge_size
+        if height % side or width % side:
+            raise ValueError(
+                f"pixel_values holds tiles of {height}x{width} px, whose sides are not multiples of {side} px. Cut "
+                f"tiles of {self.config.force_image_size} px with this checkpoint's image processor."
+            )
+        return (height // side) * (width // side)
+
+    def _image_token_id_of(self, tokenizer: Any) -> int:
+        """Return the tokenizer's id of `<image>`.
+
+        Raises:
+            ValueError: if the tokenizer has no such token, or the model's config names another id.
+        """
+        token_id = image_token_id_of(tokenizer)
+        if self.config.image_token_id not in (None, token_id):
+            raise ValueError(
+                f"The tokenizer's <image> has id {token_id}, but config.img_context_token_id is "
+                f"{self.config.image_token_id}. Load tokenizer and model from the same checkpoint."
+            )
+        return token_id
+
+    def _answer(
+        self,
+        tokenizer: Any,
+        prompts: list[ChatPrompt],
+        options: GenerationConfig,
+        extra_options: dict[str, Any],
+        streamer: Any | None,
+        tiles: torch.Tensor | None,
+        name: str,
+    ) -> list[str]:
+        """Generate an answer to each prompt, and decode it up to its end token.
+
+        Args:
+            tiles: the tiles of all prompts in order, or features instead of them.
+            name: the argument of `generate` that takes these, `pixel_values` or `visual_features`.
+        """
+        device = self.get_input_embeddings().weight.device
+        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
+        ids, mask = _pad_left([prompt.input_ids for prompt in prompts], options.pad_token_id)
+        cache, new_tiles = extra_options.get("past_key_values"), tiles
+        if isinstance(cache, ChatCache):
+            num_kept = cache.keep_beginning_of(prompts[0].input_ids, tiles, self.config.image_token_id)
+            new_tiles = tiles[num_kept:] if tiles is not None and num_kept < len(tiles) else None
+        if options.stop_strings is not None:
+            extra_options = {"tokenizer": tokenizer, **extra_options}
+        output = self.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=options,
+            streamer=streamer,
+            **({} if new_tiles is None else {name: new_tiles}),
+            **extra_options,
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if isinstance(cache, ChatCache):
+            cache.remember(sequences[0].tolist(), tiles)
+        return [
+            tokenizer.decode(_cut_at_eos(new_ids, options), skip_special_tokens=False).strip()
+            for new_ids in sequences[:, len(ids[0]) :].tolist()
+        ]
+
+    def chat_cache(self) -> ChatCache:
+        """Return an empty cache for `past_key_values` of `chat`; the model does not keep it.
+
+        Raises:
+            ValueError: for the 12B V2.
+        """
+        if self._is_stateful:
+            raise ValueError(
+                "The Mamba layers of this model cannot go back to where a new prompt differs from the last one, so "
+                "chat() keeps no cache. Keep the images' features: generate(..., mm_encoder_outputs=...)."
+            )
+        return ChatCache()
+
+    def chat_stream(
+        self,
+        tokenizer: Any,
+        pixel_values: torch.Tensor | None = None,
+        question: str | None = None,
+        generation_config: Mapping[str, Any] | GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
+
+        The generation runs in a thread of its own, which ends before the next token if the caller leaves the loop over
+        the pieces or closes the iterator. Errors of `chat` are raised in the loop.
+
+        Args:
+            tokenizer, pixel_values, question, generation_config: as for `chat`.
+            kwargs: further arguments of `chat`, except `streamer`.
+        """
+        options, _ = self._generation_options(getattr(tokenizer, "tokenizer", tokenizer), generation_config)
+        stream = _AnswerStream(getattr(tokenizer, "tokenizer", tokenizer), options)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream") as pool:
+            answer = pool.submit(
+                self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
+            )
+            answer.add_done_callback(lambda _: stream.end())  # also after an error: nobody waits for ever
+            try:
+                yield from stream
+                answer.result()
+            finally:
+                stream.abandoned = True
+
+
+def build_chat_prompts(
+    tokenizer: Any,
+    question: str | Sequence[str],
+    *,
+    history: Sequence[Any] | None,
+    num_tiles: int,
+    num_patches: Any,
+    tokens_per_tile: int,
+    image_token_id: int,
+    image_tag_type: str,
+    system_prompt: str | None = None,
+    max_length: int | None = None,
+    prompt_format: PromptFormat = V1_FORMAT,
+    enable_thinking: bool | None = None,
+) -> list[ChatPrompt]:
+    """Turn the arguments of `chat()` into one prompt per question.
+
+    Args:
+        tokenizer: with a chat template and the image tokens.
+        question: one question or a batch; `<image>` marks the place of an image.
+        history: `(question, answer)` pairs, for a batch one list per question.
+        num_tiles: tiles given, over all images.
+        num_patches: tiles per image, flat or one list per question; None: all tiles are one image.
+        tokens_per_tile: visual tokens of a tile.
+        image_token_id: id of `<image>`.
+        image_tag_type: see `image_run`.
+        system_prompt: text of a system block.
+        max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
+        prompt_format: how the placeholders are written that are put in front of a question.
+        enable_thinking: variable of the chat template; None leaves the choice to the texts and the template.
+
+    Raises:
+        ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
+        TypeError: if question or history have another form.
+    """
+    questions = [question] if isinstance(question, str) else question
+    if not isinstance(questions, (list, tuple)) or not questions or not all(isinstance(q, str) for q in questions):
+        raise TypeError(f"question must be a string or a non-empty list of strings, got {question!r}.")
+    histories = [history] if isinstance(question, str) else history or [None] * len(questions)
+    if len(histories) != len(questions):
+        raise ValueError(f"{len(questions)} questions need as many histories, got {len(histories)}.")
+    turns = [_check_history(pairs) for pairs in histories]
+    tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
+    write = partial(
+        _write_prompt,
+        tokenizer,
+        system_prompt=system_prompt,
+        tokens_per_tile=tokens_per_tile,
+        image_token_id=image_token_id,
+        image_tag_type=image_tag_type,
+        enable_thinking=enable_thinking,
+    )
+    prompts, first_tile = [], 0
+    for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
+        text = str.__str__(text)  # as in ControlTokenGuard.protect
+        if not pairs and IMAGE_TOKEN not in text:
+            text = leading_images(len(tile_counts), prompt_format) + text
+        images = []
+        for count in tile_counts:
+            images.append(range(first_tile, first_tile + count))
+            first_tile += count
+        prompt = write(text, pairs, images)
+        if max_length is not None and len(prompt.input_ids) > max_length and pairs:
+            prompt = _drop_oldest_turns(prompt, images, max_length, write)
+        prompts.append(prompt)
+    return prompts
+
+
+def _write_prompt(
+    tokenizer: Any,
+    question: str,
+    pairs: list[tuple[str, str]],
+    images: list[range],
+    *,
+    system_prompt: str | None,
+    tokens_per_tile: int,
+    image_token_id: int,
+    image_tag_type: str,
+    enable_thinking: bool | None,
+) -> ChatPrompt:
+    """Write the prompt for a question with its history; `images` holds the indices of each image's tiles."""
+    runs = [image_run(len(tiles), tokens_per_tile, image_tag_type) for tiles in images]
+    messages = _chat_messages(question, pairs, system_prompt)
+    ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
+    return ChatPrompt(ids, [tile for tiles in images for tile in tiles], question, pairs, rendered)
+
+
+def _drop_oldest_turns(
+    prompt: ChatPrompt, images: list[range], max_length: int, write: Callable[..., ChatPrompt]
+) -> ChatPrompt:
+    """Write a prompt again without its oldest turns and their images, until it fits or only the question is left."""
+    pairs = prompt.history
+
+    def without(num_turns: int) -> ChatPrompt:
+        return write(prompt.question, pairs[num_turns:], images[_num_placeholders(pairs[:num_turns]) :])
+
+    # Bisected: a history of thousands of turns must not be encoded once for each of them.
+    num_dropped = 1 + bisect.bisect_left(
+        range(1, len(pairs)), True, key=lambda number: len(without(number).input_ids) <= max_length
+    )
+    dropped = pairs[:num_dropped]
+    logger.warning(
+        f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
+        f"oldest of {len(pairs)} turns are dropped, with their {_num_placeholders(dropped)} images, from "
+        f"{dropped[0][0][:60]!r} to {dropped[-1][0][:60]!r}."
+    )
+    return without(num_dropped)
+
+
+def _num_placeholders(pairs: list[tuple[str, str]]) -> int:
+    """Count the images of earlier turns; only questions hold any."""
+    return sum(question.count(IMAGE_TOKEN) for question, _ in pairs)
+
+
+def _encode_chat(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    runs: list[PromptPieces],
+    image_token_id: int,
+    enable_thinking: bool | None,
+) -> tuple[list[int], str]:
+    """Return the ids of the messages and the rendered text; `<image>` is a placeholder in user messages alone."""
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    if options and "enable_thinking" not in tokenizer.get_chat_template():
+        raise ValueError(
+            f"enable_thinking={enable_thinking} has no effect: the tokenizer's chat template does not read it. The 8B V1 "
+            "does not think; a foreign template of the 12B V2 may be told by /think or /no_think in the text."
+        )
+    guard = ControlTokenGuard(tokenizer, messages)
+    safe = [
+        {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
+    ]
+    rendered = render_messages(
+        tokenizer.apply_chat_template, safe, tokenize=False, add_generation_prompt=True, **options
+    )
+    ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
+    return ids, rendered.replace(guard.marker, "")
+
+
+def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
+    if not isinstance(system_prompt, str | None):
+        raise TypeError(f"system_prompt must be a string or None, got {system_prompt!r:.80}.")
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    for earlier_question, answer in pairs:
+        messages += [{"role": "user", "content": earlier_question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _check_history(history: Sequence[Any] | None) -> list[tuple[str, str]]:
+    pairs = list(history or [])
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise TypeError(f"history must be a list of (question, answer) pairs of strings, got the entry {pair!r}.")
+    return [(earlier_question, answer) for earlier_question, answer in pairs]
+
+
+def _tiles_per_image(
+    num_patches: Any, num_tiles: int, questions: Sequence[str], turns: list[list[tuple[str, str]]]
+) -> list[list[int]]:
+    """Distribute the images over the questions: one list of tile counts per question."""
+    counts = num_patches.tolist() if hasattr(num_patches, "tolist") else num_patches
+    if counts is None:
+        counts = [num_tiles] if num_tiles else []
+    if not isinstance(counts, (list, tuple)):
+        raise TypeError(f"num_patches must be a list or tensor with the tiles of each image, got {num_patches!r}.")
+    if any(isinstance(count, (list, tuple)) for count in counts):
+        shared = [_whole_counts(own) for own in counts]
+    else:
+        counts = _whole_counts(counts)
+        needed = [
+            _num_placeholders(pairs) + text.count(IMAGE_TOKEN) for text, pairs in zip(questions, turns, strict=True)
+        ]
+        if not any(needed) and not any(turns):  # placeholders will be put in front
+            needed = [len(counts)] if len(questions) == 1 else [1] * len(questions) if counts else needed
+        if sum(needed) != len(counts):
+            raise ValueError(
+                f"The questions and their history have {sum(needed)} {IMAGE_TOKEN} placeholders but {len(counts)} "
+                "images were given. Write one placeholder per image, and pass the images of earlier turns again."
+            )
+        images = iter(counts)
+        shared = [[next(images) for _ in range(number)] for number in needed]
+    total = sum(count for own in shared for count in own)
+    if len(shared) != len(questions) or total != num_tiles:
+        raise ValueError(
+            f"num_patches={counts} describes {total} tiles of {len(shared)} questions, but {num_tiles} tiles and "
+            f"{len(questions)} questions were given. Pass pixel_values and num_patches as the image processor "
+            "returned them."
+        )
+    return shared
+
+
+def _whole_counts(counts: Any) -> list[int]:
+    """Return tile counts as numbers; an image has at least one tile."""
+    if not isinstance(counts, (list, tuple)):
+        raise TypeError(f"num_patches must be flat, or hold one list per question, got the entry {counts!r}.")
+    counts = [operator.index(count) for count in counts]
+    if any(count < 1 for count in counts):
+        raise ValueError(f"Every image has at least one tile, got num_patches={counts}.")
+    return counts
+
+
+class _AnswerStream(TextIteratorStreamer):
+    """Passes an answer on without its end token, and stops the generation once nobody reads the answer."""
+
+    def __init__(self, tokenizer: Any, options: GenerationConfig):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.options = options
+        self.abandoned = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.abandoned:
+            raise RuntimeError("The answer is not read any more.")  # ends generate(); chat_stream keeps it to itself
+        if self.next_tokens_are_prompt:
+            super().put(value)
+        elif new_ids := _cut_at_eos(value.flatten().tolist(), self.options):
+            super().put(torch.tensor(new_ids))
+
+
+def _pad_left(rows: list[list[int]], pad_token_id: int | None) -> tuple[list[list[int]], list[list[int]]]:
+    """Return rows of ids padded on the left to one length, and their attention mask."""
+    length = max(map(len, rows))
+    paddings = [length - len(row) for row in rows]
+    ids = [[pad_token_id] * padding + row for padding, row in zip(paddings, rows, strict=True)]
+    return ids, [[0] * padding + [1] * (length - padding) for padding in paddings]
+
+
+def _cut_at_eos(new_ids: list[int], options: GenerationConfig) -> list[int]:
+    """Return the ids before the first end token."""
+    ends = options.eos_token_id if isinstance(options.eos_token_id, list) else [options.eos_token_id]
+    return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
+
+
+def _num_equal(left: Sequence[object], right: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    pairs = zip(left, right, strict=False)
+    return next((place for place, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
+
+
+def _num_equal_tiles(kept: torch.Tensor | None, tiles: torch.Tensor) -> int:
+    """How many tiles at the beginning are the same, to the bit."""
+    if kept is None or (kept.shape[1:], kept.dtype, kept.device) != (tiles.shape[1:], tiles.dtype, tiles.device):
+        return 0
+    number = min(len(kept), len(tiles))
+    equal = (kept[:number] == tiles[:number]).flatten(1).all(1)
+    return _num_equal(equal.tolist(), [True] * number)
+
+
+def _check_image_tokens(start: str, end: str, context: str) -> None:
+    """Raise if a caller of `chat()` gives other image tokens than the model has."""
+    if (start, end, context) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
+        raise ValueError(
+            f"The image tokens of this model are <img>, </img> and <image>, not {start}, {end} and {context}. Leave "
+            "these arguments out."
+        )
+
+
+def _check_chat_cache(cache: Any, question: Any, options: GenerationConfig) -> None:
+    """Raise if a cache cannot be kept for `chat()`, or not with this question and these options."""
+    if not isinstance(cache, ChatCache):
+        raise TypeError(
+            f"past_key_values of chat() must be a cache from model.chat_cache(), which knows the ids that it holds, "
+            f"got {type(cache).__name__}. generate() takes any cache."
+        )
+    if not isinstance(question, str):
+        raise ValueError("past_key_values keeps one conversation. Ask one question (a string) at a time.")
+    if (options.num_beams or 1) > 1 or options.use_cache is False:
+        raise ValueError(
+            f"past_key_values cannot be kept with num_beams={options.num_beams}, use_cache={options.use_cache}. Leave "
+            "both out, or past_key_values."
+        )
