@@ -1,10 +1,12 @@
-"""Memory of the whole 8B, counted and not measured: weights, keys and values, and the peak of a prefill with 13 tiles.
+"""Memory of the whole 8B and of the 12B V2, counted and not measured.
 
     python -m benchmarks.memory
 
-Everything runs on torch's "meta" device, which has shapes and no numbers: every tensor that our code makes is counted
-while it lives. Attention counts as its output, as kernels without a matrix of scores have it. What the table leaves out:
-the allocator's rounding, workspaces of the libraries, the CUDA context (about half a GB) and CUDA graphs.
+Counts the weights, the cache of a full context, and the peaks of the tower and of a prefill with 13 tiles. Everything
+runs on torch's "meta" device, which has shapes and no numbers: every tensor that our code makes is counted while it
+lives. Attention counts as its output, as kernels without a matrix of scores have it; Mamba layers run in plain torch,
+without their kernels. FP8 and NVFP4 count every matrix of the decoder layers as packed. What the table leaves out: the
+allocator's rounding, workspaces of the libraries, the CUDA context (about half a GB) and CUDA graphs.
 """
 
 import math
@@ -13,19 +15,22 @@ from collections.abc import Callable
 
 import torch
 from nemotron_vl.checkpoint import TORCH_DTYPES
-from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
-from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
 from nemotron_vl.quantization_nemotron_vl import FORMATS
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from benchmarks.common import report
 from tools import ROOT
 
 TILES, WORDS = 13, 200  # an image of 2048 x 1536 px and the text around it
-CONTEXTS = (4096, 16384)
+MEMBERS = {
+    "8B V1": (Llama_Nemotron_Nano_VL, NemotronVLConfig, ROOT, (4096, 16384)),
+    "12B V2": (NemotronH_Nano_VL_V2, NemotronVLV2Config, ROOT / "v2", (16384, 131072)),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,38 +92,64 @@ def unpacked_peak(name: str, rows: int, columns: int) -> int:
     return peak_of(lambda: FORMATS[name].decode(tensors, torch.bfloat16))
 
 
-def main() -> None:
+def cache_bytes(cache: Cache) -> tuple[int, int]:
+    """Return the bytes of keys and values, which grow with the tokens, and of Mamba states, which do not."""
+    growing = fixed = 0
+    for layer in cache.layers:
+        if isinstance(getattr(layer, "keys", None), torch.Tensor):
+            growing += layer.keys.nbytes + layer.values.nbytes
+        for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
+            fixed += sum(state.nbytes for state in (states or {}).values())
+    return growing, fixed
+
+
+def count(member: str) -> list[dict[str, object]]:
+    """One row of the table, in GB, for each number format."""
     AttentionInterface.register("without_scores", attend_without_scores)
     AttentionMaskInterface.register("without_scores", lambda *_, **__: None)
-    config = NemotronVLConfig.from_pretrained(ROOT)
+    model_class, config_class, folder, contexts = MEMBERS[member]
+    config = config_class.from_pretrained(folder)
     config._attn_implementation = "without_scores"
+    num_tokens = TILES * config.num_image_tokens_per_tile + WORDS
+    outputs = []
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model = Llama_Nemotron_Nano_VL(config).eval()
-        tiles = torch.empty(TILES, 3, config.force_image_size, config.force_image_size)
-        prompt = torch.empty(1, TILES * config.num_image_tokens_per_tile + WORDS, config.text_config.hidden_size)
-    tower = peak_of(lambda: model.get_image_features(tiles))
-    text = peak_of(lambda: model.language_model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1))
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    try:
+        with torch.device("meta"):
+            model = model_class(config).eval()
+            tiles = torch.empty(TILES, 3, config.force_image_size, config.force_image_size)
+            prompt = {"inputs_embeds": torch.empty(1, num_tokens, config.text_config.hidden_size), "use_cache": True}
+            tower = peak_of(lambda: model.get_image_features(tiles))
+            text = peak_of(lambda: outputs.append(model.language_model(**prompt, logits_to_keep=1)))
+    finally:
+        torch.set_default_dtype(before)
+    growing, fixed = cache_bytes(outputs[0].past_key_values)
+    a_token = growing // num_tokens
+    prefill = text - growing - fixed  # the cache has columns of its own
+    weights = sum(weight.nbytes for weight in model.parameters())
     layers = [layer for layer in model.language_model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
-    plain = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    plain = sum(layer.weight.nbytes for layer in layers)
     largest = max((layer.weight.shape for layer in layers), key=math.prod)
-    head_size = config.text_config.head_dim
-    a_token = 2 * 2 * config.text_config.num_hidden_layers * config.text_config.num_key_value_heads * head_size
-    prefill = text - a_token * prompt.shape[1]  # keys and values have columns of their own
     rows = []
     for name in ("bf16", "FP8", "NVFP4"):
         all_weights = weights if name == "bf16" else weights - plain + packed_bytes(model, name)
         unpacking = 0 if name == "bf16" else unpacked_peak(name, *largest)
-        counted = {"weights": all_weights, **{f"keys and values, {n}": a_token * n for n in CONTEXTS}}
+        counted = {"weights": all_weights, **{f"cache, {n}": a_token * n + fixed for n in contexts}}
         counted |= {"tower": tower, "prefill": prefill + unpacking}
-        counted["all, 16384"] = all_weights + a_token * CONTEXTS[-1] + max(tower, prefill + unpacking)
-        rows.append({"case": name, **{key: round(value / 1e9, 2) for key, value in counted.items()}})
-    print("| GB | " + " | ".join(list(rows[0])[1:]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
-    torch.set_default_dtype(torch.float32)
-    report("memory", rows, clock="none: counted, not measured", tiles=TILES, prompt_tokens=prompt.shape[1])
+        counted["all"] = all_weights + a_token * contexts[-1] + fixed + max(tower, prefill + unpacking)
+        rows.append({"case": f"{member}, {name}", **{key: round(value / 1e9, 2) for key, value in counted.items()}})
+    return rows
+
+
+def main() -> None:
+    rows = []
+    for member in MEMBERS:
+        counted = count(member)
+        print("| GB | " + " | ".join(list(counted[0])[1:]) + " |\n" + "|---" * len(counted[0]) + "|")
+        for row in counted:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+        rows += counted
+    report("memory", rows, clock="none: counted, not measured", tiles=TILES, words=WORDS)
 
 
 if __name__ == "__main__":
