@@ -19,6 +19,8 @@ LINTED_AS = {
     "processing_nemotron_vl.py": "processing_nemotron_vl.py",
     "image_processing.py": "image_processing_nemotron_vl.py",
     "radio_model.py": "modeling_radio.py",
+    "checkpoint.py": "modeling_checkpoint.py",
+    "quantization_nemotron_vl.py": "modeling_quantization.py",
     "prompts.py": "processing_prompts.py",
     "chat.py": "modeling_chat.py",
 }
