@@ -67,8 +67,7 @@ class Tiling:
         max_num_tiles: largest number of tiles of one image, thumbnail not counted.
         use_thumbnail: append the whole image as one more tile when it was cut into several.
         upscale: 2 doubles every image first, as published; 1 does not, as in the 12B V2, vLLM and Megatron-LM.
-        grid_rule: "area" prefers grids that hold the image's pixels (8B V1), "closest_ratio" grids of its aspect ratio
-            (12B V2).
+        grid_rule: "area" prefers grids that hold the image's pixels (8B V1), "closest_ratio" its proportions (12B V2).
         interpolation: "bilinear" on uint8 (8B V1) or "bicubic" on float32 (12B V2), which overshoots a little.
 
     Raises:
@@ -166,12 +165,8 @@ GRID_RULES = {"area": _largest_area, "closest_ratio": _closest_ratio}
 V1_TILING = Tiling()
 V2_TILING = Tiling(upscale=1, grid_rule="closest_ratio", interpolation="bicubic")
 # The options in which the 12B V2 differs. Its published preprocessor_config.json leaves them to NVIDIA's class.
-V2_RECIPE = {
-    **{name: getattr(V2_TILING, name) for name in CHOICES},
-    "do_normalize": True,
-    "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD,
-}
+V2_RECIPE = {name: getattr(V2_TILING, name) for name in CHOICES}
+V2_RECIPE |= {"do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 
 
 def select_tile_grid(height: int, width: int, tiling: Tiling = V1_TILING, **changes: Any) -> tuple[int, int]:
@@ -189,7 +184,7 @@ def select_tile_grid(height: int, width: int, tiling: Tiling = V1_TILING, **chan
         ValueError: if a side is not positive, or an option is out of range.
         TypeError: if a side is not a whole number, or for an unknown option.
     """
-    tiling = replace(tiling, **changes)
+    tiling = replace(tiling, **changes) if changes else tiling
     height, width = operator.index(height), operator.index(width)  # the area of NumPy's int32 would overflow
     if height < 1 or width < 1:
         raise ValueError(f"An image needs at least 1x1 pixels, got height={height}, width={width}.")
@@ -199,7 +194,8 @@ def select_tile_grid(height: int, width: int, tiling: Tiling = V1_TILING, **chan
 
 def count_tiles(height: int, width: int, tiling: Tiling = V1_TILING, **changes: Any) -> int:
     """Number of tiles of an image of `height` x `width` pixels, thumbnail included; see `select_tile_grid`."""
-    return sum(rows * columns for rows, columns in _grids(height, width, replace(tiling, **changes)))
+    tiling = replace(tiling, **changes) if changes else tiling
+    return sum(rows * columns for rows, columns in _grids(height, width, tiling))
 
 
 def _grids(height: int, width: int, tiling: Tiling) -> list[tuple[int, int]]:
@@ -252,8 +248,8 @@ def load_image(image: Any, *, do_convert_rgb: bool = True, input_data_format: st
     """Read whatever a caller gives as an image into RGB; see `NemotronVLImageProcessor` for the rules.
 
     Returns:
-        For a PIL image or a file a decoded PIL image of mode RGB, which may be `image` itself; for an array or a tensor
-        a uint8 array `(height, width, 3)`, which may be a view of it.
+        For a PIL image or a file, a decoded PIL image of mode RGB, which may be `image` itself. For an array or a
+        tensor, a uint8 array `(height, width, 3)`, which may be a view of it.
 
     Raises:
         ValueError: if a file cannot be decoded completely, or an array is ambiguous, out of range or empty.
@@ -486,7 +482,7 @@ def cut_tiles(image: RGBImage, tiling: Tiling = V1_TILING, **changes: Any) -> li
         Tiles `(3, image_size, image_size)` on the CPU, row by row, the thumbnail last; views of shared buffers, not
         contiguous. uint8 in 0..255, with bicubic interpolation float32 that may overshoot 0..255.
     """
-    tiling = replace(tiling, **changes)
+    tiling = replace(tiling, **changes) if changes else tiling
     image_size, upscale, interpolation = tiling.image_size, tiling.upscale, tiling.interpolation
     height, width = _height_and_width(image)
     grids = _grids(height, width, tiling)
@@ -568,16 +564,11 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         # A published checkpoint names its own class here; `to_dict` names ours.
         kept = {name: value for name, value in kwargs.items() if name not in ("auto_map", "image_processor_type")}
         tiling = Tiling(image_size, max_num_tiles, use_thumbnail, upscale, grid_rule, interpolation)
-        super().__init__(**kept, **asdict(tiling))  # which sets them as attributes
-        self.do_rescale = do_rescale
-        self.rescale_factor = rescale_factor
-        self.do_normalize = do_normalize
-        self.image_mean = image_mean
-        self.image_std = image_std
-        self.do_convert_rgb = do_convert_rgb
-        self.device = device
-        self.patch_size = _whole_number("patch_size", patch_size)
-        self.downsample_ratio = downsample_ratio
+        super().__init__(**kept, **asdict(tiling))  # sets them all as attributes
+        self.do_rescale, self.rescale_factor = do_rescale, rescale_factor
+        self.do_normalize, self.image_mean, self.image_std = do_normalize, image_mean, image_std
+        self.do_convert_rgb, self.device = do_convert_rgb, device
+        self.patch_size, self.downsample_ratio = _whole_number("patch_size", patch_size), downsample_ratio
         self._with_options({})  # checks them
 
     @property
@@ -599,12 +590,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         return self.preprocess(images, **kwargs)
 
     def preprocess(
-        self,
-        images: Any,
-        *,
-        return_tensors: str | None = None,
-        input_data_format: str | None = None,
-        **kwargs: Any,
+        self, images: Any, *, return_tensors: str | None = None, input_data_format: str | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Cut images into tiles.
 

@@ -886,6 +886,13 @@ def test_overriding_options_are_checked_on_loading():
     assert processor.upscale == 1 and unused == {"other": 3}
 
 
+@pytest.mark.parametrize("text", ["3", '"words"', "[]"])
+def test_a_configuration_that_is_no_dict_is_named_as_damaged(tmp_path, text):
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="preprocessor_config.json of .* is damaged: .* Download it again"):
+        NemotronVLImageProcessor.from_pretrained(tmp_path)
+
+
 def test_module_needs_no_sibling_and_no_torchvision():
     path = ROOT / "image_processing.py"
     assert get_relative_imports(path) == []
