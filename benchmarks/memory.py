@@ -7,6 +7,8 @@ runs on torch's "meta" device, which has shapes and no numbers: every tensor tha
 lives. Attention counts as its output, as kernels without a matrix of scores have it; Mamba layers run in plain torch,
 without their kernels. FP8 and NVFP4 count every matrix of the decoder layers as packed. What the table leaves out: the
 allocator's rounding, workspaces of the libraries, the CUDA context (about half a GB) and CUDA graphs.
+
+It needs transformers 5: version 4 opens an autocast for rotary positions, which the meta device does not have.
 """
 
 import math
@@ -119,8 +121,8 @@ def count(member: str) -> list[dict[str, object]]:
             model = model_class(config).eval()
             tiles = torch.empty(TILES, 3, config.force_image_size, config.force_image_size)
             prompt = {"inputs_embeds": torch.empty(1, num_tokens, config.text_config.hidden_size), "use_cache": True}
-            tower = peak_of(lambda: model.get_image_features(tiles))
-            text = peak_of(lambda: outputs.append(model.language_model(**prompt, logits_to_keep=1)))
+        tower = peak_of(lambda: model.get_image_features(tiles))
+        text = peak_of(lambda: outputs.append(model.language_model(**prompt, logits_to_keep=1)))
     finally:
         torch.set_default_dtype(before)
     growing, fixed = cache_bytes(outputs[0].past_key_values)

@@ -163,8 +163,8 @@ def test_the_answers_of_the_sample_are_those_of_nano():
 
 @pytest.mark.parametrize("member", ["8B V1", "12B V2"])
 def test_memory_in_the_pages_is_what_the_benchmark_counts(member):
-    if member == "12B V2" and transformers.__version__.startswith("4."):
-        pytest.skip("the 12B V2 needs transformers 5")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 opens an autocast for rotary positions, which the meta device does not have")
     from benchmarks.memory import count
 
     rows = count(member)
