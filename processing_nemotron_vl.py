@@ -28,7 +28,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from .image_processing import OPTIONS as IMAGE_OPTIONS
-from .image_processing import NemotronVLImageProcessor
+from .image_processing import NemotronVLImageProcessor, explain_damage
 from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -119,12 +119,8 @@ class NemotronVLProcessor(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Read processor_config.json as transformers does; a damaged file raises an error that names it."""
-        try:
+        with explain_damage("processor_config.json", pretrained_model_name_or_path):
             return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"The processor files of {pretrained_model_name_or_path} are damaged: {error}. Download them again."
-            ) from error
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:
@@ -150,8 +146,7 @@ class NemotronVLProcessor(ProcessorMixin):
     @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile: 256 for 512 px."""
-        processor = self.image_processor
-        return (processor.image_size // round(processor.patch_size / processor.downsample_ratio)) ** 2
+        return self.image_processor.tokens_per_tile
 
     @property
     def image_token_ids(self) -> list[int]:
