@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import AwqConfig
 
 from tests.conftest import golden_formats, golden_inputs, load_weights, read_golden_cases
-from tools import ROOT, quantize
+from tools import ROOT, chat, quantize
 
 FORMAT_NAMES = ("nvfp4", "fp8", "awq")
 GROUP_SIZE = 16
@@ -765,6 +765,17 @@ def test_calibration_statistics_hold_the_inputs_of_a_layer(tiny_checkpoint: Path
     assert statistics.num_tokens == len(tokens) == 2 * inputs["input_ids"].shape[1]
     torch.testing.assert_close(statistics.amax, tokens.abs().amax())
     torch.testing.assert_close(statistics.mean, tokens.abs().mean(0))
+
+
+def test_a_quantised_subfolder_loads_with_its_processor(tmp_path: Path):
+    out, receipt = tmp_path / "nano-fp8", ROOT / "examples" / "receipt.png"
+    assert (
+        quantize.main([str(ROOT / "nano"), "--format", "fp8", "--calibration", str(receipt), "--out", str(out)]) == 0
+    )
+    model, processor = chat.load(out)
+    features = processor.image_processor(receipt)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    assert model.chat(processor, question="What is the total?", generation_config=options, **features) == "72.13"
 
 
 @pytest.mark.slow

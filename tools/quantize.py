@@ -35,6 +35,7 @@ from nemotron_vl.quantization_nemotron_vl import (
     packed_linears,
 )
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from .weights import model_class
 
@@ -416,8 +417,9 @@ def hf_quant_config(block: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(model: nn.Module, source: Path, folder: Path) -> None:
-    """Write the packed model, and the files of `source` that do not depend on the weights."""
+    """Write the packed model, the code of its processor, and the files of `source` that do not depend on the weights."""
     model.save_pretrained(folder)
+    custom_object_save(PROCESSORS[model.config.model_type], folder)  # a subfolder such as nano/ has no code beside it
     block = model.config.quantization_config.to_dict()
     if block["quant_method"] == "modelopt":
         content = json.dumps(hf_quant_config(block), indent=2)
