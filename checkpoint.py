@@ -342,15 +342,19 @@ def _find_shards(source: str, index_file: Path, hub_kwargs: dict[str, Any]) -> l
     if not isinstance(index.get("metadata"), dict):  # transformers reads it
         raise CheckpointError(f"{index_file} is no index of weights: it has no 'metadata'. Download it again.")
     names = sorted(set(index["weight_map"].values()))
-    if not os.path.isdir(source):
-        return cached_files(source, names, **hub_kwargs)
-    files = [index_file.parent / name for name in names]
-    absent = [file.name for file in files if not file.is_file()]
+    files = cached_files(source, names, _raise_exceptions_for_missing_entries=False, **hub_kwargs) or []
+    absent = sorted(set(names) - {Path(file).name for file in files})
+    if not files:  # as in the root of our repository
+        raise FileNotFoundError(
+            f"{source} holds none of the {len(names)} weight files that its {index_file.name} names: download them, "
+            "put this code beside downloaded weights with `python -m tools.adopt WEIGHTS`, or load the small model of "
+            'the code\'s own repository with subfolder="nano".'
+        )
     if absent:
         raise FileNotFoundError(
             f"{index_file} names {len(names)} files, of which {', '.join(absent)} is not there. Download it."
         )
-    return [str(file) for file in files]
+    return files
 
 
 def _read_config(

@@ -17,6 +17,7 @@ import math
 import operator
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +28,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -38,6 +39,7 @@ COVERAGE_CAP = 0.6  # published score: a grid gains nothing by holding more than
 MAX_NUM_TILES = 1024  # the candidate list, and with it an absurd configuration, stays small
 MAX_TILE_PIXELS = 1 << 30  # of the tiles of one image: 12.9 GB as float32, before a wrong option takes all memory
 BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, less repeats the filter set-up too often
+HIDDEN_CONTRAST = 16  # of 255 levels: ink that differs less from its white ground is taken for invisible
 MAX_NESTING = 100  # lists inside lists of images: a list that contains itself gets an error that says what is wrong
 MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 image passes every limit on area and needs 800 GB on the way
 
@@ -48,6 +50,8 @@ DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
     *(RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
+
+PLAIN_TIFF = "save this TIFF with unsigned 8-bit samples, in one plane"
 
 # The values of the 8B V1 and of the 12B V2; there are no others.
 CHOICES = {"upscale": (2, 1), "grid_rule": ("area", "closest_ratio"), "interpolation": ("bilinear", "bicubic")}
@@ -292,8 +296,43 @@ def _decode(image: Image.Image) -> Image.Image:
     if image.format == "EPS":
         raise ValueError("EPS is a program for Ghostscript, which is not run; convert it to PNG first")
     _check_size(image.height, image.width)
-    image.load()
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    if is_tiff:
+        _check_tiff(image)
+    try:
+        image.load()
+    except ValueError as error:  # of a truncated file it would be an OSError
+        raise ValueError(f"{error}{f'; {PLAIN_TIFF}' if is_tiff else ''}") from error
     return image
+
+
+def _tiff_tag(image: TiffImagePlugin.TiffImageFile, tag: int, default: int = 1) -> int:
+    """The number of a tag; of a tag with a number for each channel, the largest."""
+    value = image.tag_v2.get(tag, default)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raise ValueError for samples that Pillow 13 decodes into others without an error, and for signed ones.
+
+    32-bit signed samples pass: Pillow writes its mode I that way.
+    """
+    bits = _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE)
+    is_raw = _tiff_tag(image, TiffImagePlugin.COMPRESSION) == 1
+    foreign_order = {"little": b"MM", "big": b"II"}[sys.byteorder]
+    problem = None
+    if _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2 and bits < 32:
+        problem = f"its samples are signed {bits}-bit numbers, which do not say what is white"
+    elif image.mode in ("I", "F") and not is_raw and image.tag_v2.prefix == foreign_order:
+        problem = f"Pillow does not put the bytes of compressed {bits}-bit samples into order"
+    elif _tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
+        photometric = _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0)
+        fill_order = _tiff_tag(image, TiffImagePlugin.FILLORDER)
+        misread = bits != 8 or fill_order == 2 or photometric in (0, 6) if is_raw else image.mode in ("LA", "La", "PA")
+        if misread:
+            problem = f"Pillow does not decode separate planes (PlanarConfiguration 2) of {bits}-bit {image.mode}"
+    if problem:
+        raise ValueError(f"{problem}; {PLAIN_TIFF}")
 
 
 def _decode_file(source: Any) -> Image.Image:
@@ -312,12 +351,26 @@ def _decode_file(source: Any) -> Image.Image:
     else:
         file = io.BytesIO(file)
     try:
-        with Image.open(file) as image:
+        with _open(file) as image:
             ImageOps.exif_transpose(_decode(image), in_place=True)
     finally:
         if position is not None:  # the caller's file is left as it was
             file.seek(position)
     return image
+
+
+def _open(file: Any) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        is_path = isinstance(file, (str, os.PathLike))
+        with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
+            if opened.read(4) not in TiffImagePlugin.PREFIXES:
+                raise
+        raise ValueError(
+            f"Pillow does not decode this TIFF: it is damaged, or its samples are of a rare kind; {PLAIN_TIFF}"
+        ) from None
 
 
 def _named_file(text: str) -> str | bytes:
@@ -342,25 +395,48 @@ def _pil_to_rgb(image: Image.Image, do_convert_rgb: bool) -> Image.Image:
     if not do_convert_rgb:
         raise ValueError(f"the model takes RGB, its mode is {image.mode!r} and do_convert_rgb is False")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _deep_grey_to_rgb(np.asarray(image), image.mode)
+        return _deep_grey_to_rgb(image)
     if not transparent:
         return image.convert("RGB")
     if image.mode == "La":  # Pillow leaves premultiplied grey in two steps only
         image = image.convert("LA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return _on_visible_ground(image.convert("RGBA"))
 
 
-def _deep_grey_to_rgb(values: np.ndarray, mode: str) -> Image.Image:
-    """Scale 16-bit, 32-bit and float grey `(height, width)` to 0..255; the white point is that of the mode."""
+def _on_visible_ground(image: Image.Image) -> Image.Image:
+    """Composite an RGBA image on white, or on black if white hides it; an alpha of 0 everywhere is no alpha."""
+    on_white = _composite(image, "white")
+    if _contrast(on_white) > HIDDEN_CONTRAST:
+        return on_white
+    is_alpha_unused = image.getchannel("A").getextrema() == (0, 0)
+    return max(on_white, image.convert("RGB") if is_alpha_unused else _composite(image, "black"), key=_contrast)
+
+
+def _composite(image: Image.Image, ground: str) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+
+
+def _contrast(image: Image.Image) -> int:
+    """The difference between the highest and the lowest level of a channel, at most 255."""
+    return max(high - low for low, high in image.getextrema())
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale 12-, 16- and 32-bit and float grey to 0..255; what is white says the mode or, in a TIFF, its tags."""
+    values, white_is_zero = np.asarray(image), False
+    whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))  # the smallest that holds all values
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        white_is_zero = _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0
+        if _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE) == 12:
+            whites = (4095,)
+        elif image.mode == "I" and _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 1:
+            values, whites = values.view(np.uint32), (255, 65535, 2**32 - 1)
     low, high = (values.min(), values.max()) if values.size else (0, 0)
-    white = 255 if mode == "I" and high <= 255 else 65535
-    if mode == "F":
-        white = 1 if high <= 1 else 255
+    white = next((white for white in whites if high <= white), whites[-1])
     if not (low >= 0 and high <= white):
-        raise ValueError(f"its mode {mode!r} needs values in 0..{white}, got {low}..{high}; rescale it to 0..255")
+        raise ValueError(f"its mode {image.mode} needs values in 0..{white}, got {low}..{high}; rescale it to 0..255")
     grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
 
 
 def _array_to_rgb(array: np.ndarray | torch.Tensor, do_convert_rgb: bool, input_data_format: str | None) -> np.ndarray:
@@ -515,8 +591,10 @@ class NemotronVLImageProcessor(BaseImageProcessor):
 
     * PIL images of every mode, as the pixels they hold: like the published code, no EXIF orientation is applied
       (`PIL.ImageOps.exif_transpose` does), and of several frames the current one is used. Transparency is composited
-      on white. I;16 is read as 0..65535; I too, or as 0..255 if nothing is above 255; F as 0..1, or as 0..255 if
-      something is above 1. An image that was not decoded yet is decoded here, so decode it before sharing it
+      on white; on black where white hides what the image shows; an alpha of 0 everywhere is ignored. I;16 is read as
+      0..65535; I too, or as 0..255 if nothing is above 255; F as 0..1, or as 0..255 if something is above 1. A TIFF
+      that was not copied or converted is read by its own tags instead: 12 bits as 0..4095, unsigned 32 bits up to
+      2^32 - 1, and WhiteIsZero with 0 as white. An image that was not decoded yet is decoded here, so decode it before sharing it
       between threads.
     * Files: a path, a `file:` or `data:` URL, base64 text, bytes, or a file object (binary and seekable; it is read
       from its start, its position stays). First frame, turned upright by the EXIF orientation, as transformers' own

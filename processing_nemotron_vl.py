@@ -86,6 +86,33 @@ TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of
 IGNORED_TEMPLATE_OPTIONS = ("sanitize_control_tokens", "load_audio_from_video")
 
 
+class NemotronVLTokenizer(PreTrainedTokenizerFast):
+    """Loads a tokenizer as a plain `PreTrainedTokenizerFast`, or says where to get one.
+
+    The root of the repository and v2/ name it for AutoTokenizer, because they hold all but the tokenizer.json.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> PreTrainedTokenizerFast:
+        """Load as `PreTrainedTokenizerFast.from_pretrained` does.
+
+        Raises:
+            OSError: if tokenizer.json is absent or damaged.
+        """
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship the "
+                "tokenizers of the released models: `python -m tools.adopt` brings them along with the weights of a "
+                'download, and subfolder="nano" loads a small model that is complete.'
+            ) from error
+        tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
+        return tokenizer
+
+
 class NemotronVLProcessor(ProcessorMixin):
     """Joins the image processor and the tokenizer of a Nemotron Nano VL checkpoint.
 
@@ -131,14 +158,7 @@ class NemotronVLProcessor(ProcessorMixin):
         image_processor = image_processing.NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **kwargs
         )
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
-            raise OSError(
-                f"{pretrained_model_name_or_path} has no usable tokenizer.json. This repository does not ship the "
-                "tokenizers of the released models: `python -m tools.adopt` brings them along with the weights of a download."
-            ) from error
-        tokenizer.init_kwargs.pop("auto_map", None)  # would be saved again
+        tokenizer = NemotronVLTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer.padding_side = "left"  # generation goes on at the right
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # without token_type_ids
         return [image_processor, tokenizer]

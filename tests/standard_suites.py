@@ -32,6 +32,7 @@ from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 from transformers.models.auto import modeling_auto
 
+import tests
 from tools.tiny_checkpoint import make_tokenizer
 
 if __name__ == "__main__":  # pytest imports this file again, and then knows where the suites lie
@@ -54,20 +55,19 @@ def picture_instead(url: str) -> str:
 
 
 def standard(module: str) -> types.ModuleType:
-    """Import a module of their tests, under a package name that is not ours."""
-    if "transformers_tests" not in sys.modules:
-        package = sys.modules["transformers_tests"] = types.ModuleType("transformers_tests")
-        package.__path__ = [str(CHECKOUT / "tests")]
+    """Import a module of their tests. Their package is named `tests` as ours is, so ours is extended by its folder."""
+    if str(CHECKOUT / "tests") not in tests.__path__:
+        tests.__path__.append(str(CHECKOUT / "tests"))
         # Source distributions leave subfolders out.
         for name, mixin in (
             ("generation.test_utils", "GenerationTesterMixin"),
             ("exporters.test_export", "ExportTesterMixin"),
         ):
             if not (CHECKOUT / "tests" / name.replace(".", "/")).with_suffix(".py").exists():
-                _stand_in(f"transformers_tests.{name}", mixin)
+                _stand_in(f"tests.{name}", mixin)
         for parent in ("", "utils."):  # the pictures they would download
             _stand_in(f"{parent}fetch_hub_objects_for_ci", "url_to_local_path", picture_instead)
-    return importlib.import_module(f"transformers_tests.{module}")
+    return importlib.import_module(f"tests.{module}")
 
 
 def _stand_in(name: str, attribute: str, value=None) -> None:

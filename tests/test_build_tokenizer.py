@@ -57,6 +57,15 @@ def test_another_tokenizer_model_is_refused_and_nothing_is_written(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_other_tokenizer_files_are_copied_but_name_no_code(tmp_path: Path):
+    (tmp_path / "chat_template.jinja").write_text("mine")
+    build_tokenizer.copy_other_files(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "mine"
+    copied = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ours = json.loads((ROOT / "tokenizer_config.json").read_text())
+    assert ours.pop("auto_map") and copied == ours
+
+
 @pytest.mark.slow
 def test_the_published_bytes_are_reached(built: Path):
     assert (built / "tokenizer.json").stat().st_size == build_tokenizer.PUBLISHED_SIZE

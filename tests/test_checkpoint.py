@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from nemotron_vl.checkpoint import INDEX_FILE, Checkpoint, read_header
+from nemotron_vl.checkpoint import INDEX_FILE, Checkpoint, find_files, read_header
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
 from tools import ROOT
 from tools.quantize import quantize_model
@@ -111,6 +111,36 @@ def test_headers_that_leave_gaps_between_tensors_are_refused(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
     with pytest.raises(ValueError, match="bytes 8 to 12 do not fit b, F32"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    "auto_class", [*(getattr(transformers, name) for name in AUTO_CLASSES), AutoProcessor, AutoTokenizer]
+)
+@pytest.mark.parametrize("subfolder", [None, "v2"])
+def test_the_root_without_weights_says_where_they_come_from(auto_class, subfolder):
+    if subfolder and not hasattr(transformers, "NemotronHForCausalLM") and auto_class.__name__.startswith("AutoModel"):
+        pytest.skip("transformers 4.57 has no NemotronH")
+    folder = {"subfolder": subfolder} if subfolder else {}
+    with pytest.raises(OSError, match=r'`python -m tools.adopt\b[^.]*subfolder="nano"'):
+        auto_class.from_pretrained(ROOT, trust_remote_code=True, **folder)
+
+
+def test_a_repository_on_the_hub_without_weights_says_the_same(tmp_path):
+    repository = tmp_path / "models--someone--code"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    (snapshot / INDEX_FILE).symlink_to(ROOT / INDEX_FILE)
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True}
+    with pytest.raises(FileNotFoundError, match="someone/code holds none of the 4 weight files.*tools.adopt.*nano"):
+        find_files("someone/code", hub)
+    (snapshot / "model-00002-of-00004.safetensors").touch()
+    with pytest.raises(
+        FileNotFoundError, match="names 4 files, of which model-00001-of-00004.safetensors, model-00003"
+    ):
+        find_files("someone/code", hub)
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)

@@ -10,7 +10,7 @@ from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.image_processing import NemotronVLImageProcessor
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.prompts import flatten_content
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tools import ROOT
@@ -180,8 +180,13 @@ def test_the_root_tokenizer_files_need_only_the_vocabulary_beside_them(tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "vocabulary")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"):
         shutil.copy(ROOT / name, tmp_path / name)
+    for module in ROOT.glob("*.py"):
+        shutil.copy(module, tmp_path)
     shutil.copy(tmp_path / "vocabulary/tokenizer.json", tmp_path / "tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(tokenizer) is PreTrainedTokenizerFast
+    tokenizer.save_pretrained(tmp_path / "saved")  # without our code, so it must name none
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "saved")) is PreTrainedTokenizerFast
     assert tokenizer.bos_token == "<|begin_of_text|>"
     assert tokenizer.eos_token == "<|eot_id|>"
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"

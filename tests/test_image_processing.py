@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import struct
 import sys
 import tempfile
 import threading
@@ -353,6 +354,58 @@ def test_half_transparent_pixels_are_mixed_with_white_and_opaque_ones_kept():
     pixels = noise(40, 30, 4)
     pixels[..., 3] = 255
     assert torch.equal(tiles_of(Image.fromarray(pixels)), tiles_of(pixels[..., :3]))
+
+
+def drawing(paper, ink, ink_alpha=255, paper_alpha=0):
+    """Ink in the middle of a sheet; both are grey levels."""
+    pixels = np.full((30, 40, 4), (paper, paper, paper, paper_alpha), np.uint8)
+    pixels[10:20, 10:30] = (ink, ink, ink, ink_alpha)
+    return pixels
+
+
+def test_ink_that_white_would_hide_is_seen_on_black():
+    for ink, ink_alpha, paper in ((255, 255, 0), (255, 255, 255), (250, 255, 0), (255, 128, 255)):
+        pixels = drawing(paper, ink, ink_alpha)
+        seen = np.zeros((30, 40, 3), np.uint8)
+        seen[10:20, 10:30] = round(ink * ink_alpha / 255)
+        for given_as in (pixels, Image.fromarray(pixels), encoded(Image.fromarray(pixels))):
+            assert torch.equal(tiles_of(given_as), tiles_of(seen)), (ink, ink_alpha, paper)
+    white_text = Image.fromarray(drawing(0, 255)).convert("LA")
+    assert torch.equal(tiles_of(white_text), tiles_of(drawing(0, 255)))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TGA", "TIFF", "WEBP"])
+def test_an_alpha_that_is_zero_everywhere_is_no_alpha(image_format):
+    pixels = noise(40, 30, 4)
+    pixels[..., 3] = 0
+    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), image_format, **options)
+    assert torch.equal(tiles_of(data), tiles_of(pixels[..., :3]))
+    assert torch.equal(tiles_of(pixels), tiles_of(pixels[..., :3]))
+
+
+def test_a_screen_grab_in_a_bmp_of_32_bits_with_an_empty_alpha_is_seen():
+    pixels = noise(40, 30, 4)
+    pixels[..., 3] = 0
+    rows = pixels[::-1, :, [2, 1, 0, 3]].tobytes()
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiIIIIII", 108, 40, 30, 1, 32, 3, len(rows), 0, 0, 0, 0, *masks) + b"BGRs" + bytes(48)
+    data = b"BM" + struct.pack("<IHHI", 14 + len(info) + len(rows), 0, 0, 14 + len(info)) + info + rows
+    assert Image.open(io.BytesIO(data)).mode == "RGBA"
+    assert torch.equal(tiles_of(data), tiles_of(pixels[..., :3]))
+
+
+def test_a_transparent_image_that_shows_something_on_white_stays_on_white():
+    for pixels in (
+        drawing(0, 0),
+        drawing(255, 200),
+        drawing(0, 238),
+        drawing(255, 0, 128),
+        drawing(255, 255, 255, 255),
+    ):
+        white = np.asarray(Image.new("RGBA", (40, 30), "white"))
+        on_white = Image.alpha_composite(Image.fromarray(white), Image.fromarray(pixels)).convert("RGB")
+        assert torch.equal(tiles_of(pixels), tiles_of(on_white))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "RGB"])

@@ -66,6 +66,8 @@ def test_every_auto_map_names_an_entry_file(tiny_checkpoint):
         for folder in (ROOT, tiny_checkpoint):
             entries += json.loads((folder / file).read_text()).get("auto_map", {}).values()
     entries += json.loads((ROOT / "config.json").read_text())["auto_map"].values()
+    for folder in (ROOT, ROOT / "v2"):
+        entries += json.loads((folder / "tokenizer_config.json").read_text())["auto_map"]["AutoTokenizer"]
     assert {f"{entry.split('.')[0]}.py" for entry in entries} == set(ENTRY_FILES)
     assert not [entry for entry in entries if "--" in entry]
 

@@ -12,6 +12,7 @@ import argparse
 import base64
 import hashlib
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -145,6 +146,17 @@ def check_published(content: bytes) -> None:
         )
 
 
+def copy_other_files(folder: Path) -> None:
+    """Put the other tokenizer files into a folder, but overwrite none that is there."""
+    for name in COPIED_FILES:
+        if not (folder / name).exists():
+            shutil.copyfile(ROOT / name, folder / name)
+            if name == "tokenizer_config.json":
+                config = json.loads((folder / name).read_text(encoding="utf-8"))
+                del config["auto_map"]  # names code that does not lie there
+                (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -155,9 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "tokenizer.json"
     file.write_bytes(content)
-    for name in COPIED_FILES:
-        if not (options.out / name).exists():
-            shutil.copyfile(ROOT / name, options.out / name)
+    copy_other_files(options.out)
     print(f"{file}: {len(content)} bytes, identical to the published file.")
     return 0
 
