@@ -20,8 +20,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX_FILE
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
-from transformers.utils import cached_file
-from transformers.utils.hub import cached_files
+from transformers.utils import hub
 
 from .configuration_nemotron_vl import HUB_ARGUMENTS, MIXTURE_OF_EXPERTS
 
@@ -313,7 +312,7 @@ def find_files(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str
         if kwargs.get("variant"):
             stem, suffix = name.rsplit(".", 1)
             name = f"{stem}.{kwargs['variant']}.{suffix}"
-        file = cached_file(
+        file = hub.cached_file(
             path,
             name,
             _raise_exceptions_for_gated_repo=False,
@@ -343,7 +342,7 @@ def _find_shards(source: str, index_file: Path, hub_kwargs: dict[str, Any]) -> l
         raise CheckpointError(f"{index_file} is no index of weights: it has no 'metadata'. Download it again.")
     names = sorted(set(index["weight_map"].values()))
     if not os.path.isdir(source):
-        return cached_files(source, names, **hub_kwargs)
+        return hub.cached_files(source, names, **hub_kwargs)
     files = [index_file.parent / name for name in names]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
