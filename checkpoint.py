@@ -20,8 +20,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX_FILE
 from transformers.utils import SAFE_WEIGHTS_NAME as SINGLE_FILE
-from transformers.utils import cached_file
-from transformers.utils.hub import cached_files
+from transformers.utils import hub
 
 from .configuration_nemotron_vl import HUB_ARGUMENTS, MIXTURE_OF_EXPERTS
 
@@ -313,7 +312,7 @@ def find_files(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str
         if kwargs.get("variant"):
             stem, suffix = name.rsplit(".", 1)
             name = f"{stem}.{kwargs['variant']}.{suffix}"
-        file = cached_file(
+        file = hub.cached_file(
             path,
             name,
             _raise_exceptions_for_gated_repo=False,
@@ -342,7 +341,7 @@ def _find_shards(source: str, index_file: Path, hub_kwargs: dict[str, Any]) -> l
     if not isinstance(index.get("metadata"), dict):  # transformers reads it
         raise CheckpointError(f"{index_file} is no index of weights: it has no 'metadata'. Download it again.")
     names = sorted(set(index["weight_map"].values()))
-    files = cached_files(source, names, _raise_exceptions_for_missing_entries=False, **hub_kwargs) or []
+    files = hub.cached_files(source, names, _raise_exceptions_for_missing_entries=False, **hub_kwargs) or []
     absent = sorted(set(names) - {Path(file).name for file in files})
     if not files:  # as in the root of our repository
         raise FileNotFoundError(

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import LlamaConfig
 from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import hub, logging
 
 try:
     from transformers import NemotronHConfig
@@ -701,7 +701,8 @@ def _read_json(
     if os.path.isfile(pretrained_model_name_or_path):
         pretrained_model_name_or_path = os.path.dirname(pretrained_model_name_or_path) or "."
     try:
-        path = cached_file(pretrained_model_name_or_path, filename, **hub_kwargs)
+        # Named through its module: datasets hashes what functions name, and recurses for ever in the helpers of this one.
+        path = hub.cached_file(pretrained_model_name_or_path, filename, **hub_kwargs)
     except OSError:  # what cached_file raises for a file that is not there
         return None
     with open(path, encoding="utf-8") as file:

@@ -704,7 +704,7 @@ class NemotronVLModel:
         whole: the model.
     """
 
-    def __init__(self, whole: NemotronVLForConditionalGeneration):
+    def __init__(self, whole: "NemotronVLForConditionalGeneration"):
         self._whole = whole
 
     def __call__(

@@ -79,6 +79,18 @@ def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, tor
 # --- what the clients rely on ------------------------------------------------------------------------------------
 
 
+def test_datasets_hashes_config_and_model(tiny_checkpoint, recwarn):
+    """`map` caches what a function gave by a hash of all that the function uses, which dill walks through."""
+    hasher = needs("datasets.fingerprint").Hasher
+    model = AutoModel.from_pretrained(tiny_checkpoint, trust_remote_code=True)
+    for hashed in (model.config, type(model.config), type(model), model):
+        assert hasher.hash(hashed) == hasher.hash(hashed)
+    assert not [str(warning.message) for warning in recwarn if "pickle" in str(warning.message)]
+    before = hasher.hash(model.config)
+    model.config.vision_batch_size = 3
+    assert hasher.hash(model.config) != before
+
+
 def test_base_model_gives_the_hidden_states_that_the_head_reads(model, batch):
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert model.base_model is not model
