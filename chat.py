@@ -1,7 +1,7 @@
-"""A conversation over a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
+"""Conversations with a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
 
-`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Everything
-that a conversation needs travels with its calls; nothing is stored on the model.
+`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Each call
+gets everything that the conversation needs; nothing is stored on the model.
 """
 
 import bisect
@@ -41,15 +41,16 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 
 
 class ChatCache(DynamicCache):
-    """Keys and values of one prompt and its answer, with the ids and tiles they belong to; `chat()` updates it in place.
+    """Keys and values of one prompt and its answer, with their ids and tiles. `chat()` updates the cache in place.
 
-    What a new prompt does not share with the last one is dropped before the cache is used, so an answer takes less time
-    with a kept cache and never depends on it. A cache serves only the model, with its adapters, that filled it. Use
-    `copy.deepcopy` to branch a conversation.
+    `chat()` keeps the beginning that a prompt shares with the last one, and drops the rest. So a kept cache saves time
+    and does not change an answer. Use a cache only with the model, and the adapters, that filled it. Use
+    `copy.deepcopy` to continue a conversation in two ways.
 
     Attributes:
         input_ids: ids of the positions in the cache.
-        tiles: tiles, or features of `visual_features`, whose image tokens are among these ids; None without images.
+        tiles: the tiles (or the features given as `visual_features`) whose image tokens are among these ids; None
+            without images.
     """
 
     def __init__(self) -> None:
@@ -58,11 +59,12 @@ class ChatCache(DynamicCache):
         self.tiles: torch.Tensor | None = None
 
     def keep_beginning_of(self, input_ids: Sequence[int], tiles: torch.Tensor | None, image_token_id: int) -> int:
-        """Crop the cache to its longest common beginning with a prompt, whose last position is never kept.
+        """Crop the cache to its longest common beginning with a prompt, but never keep the prompt's last position.
 
         Args:
             input_ids: ids of the whole prompt.
-            tiles: `(num_tiles, ...)`, all its tiles, which have equally many image tokens each; None without images.
+            tiles: `(num_tiles, ...)`, all tiles of the prompt, with the same number of image tokens for each; None
+                without images.
             image_token_id: id of the image tokens.
 
         Returns:
@@ -92,7 +94,7 @@ class ChatCache(DynamicCache):
         return kept_tiles
 
     def remember(self, input_ids: Sequence[int], tiles: torch.Tensor | None) -> None:
-        """Store the ids of the positions that the cache now holds, the first of `input_ids`, and their tiles."""
+        """Store which ids and tiles the cache now holds: as many of the first `input_ids` as it has positions."""
         self.input_ids = list(input_ids[: int(self.get_seq_length())])
         self.tiles = tiles
 
@@ -103,7 +105,7 @@ class ChatPrompt:
 
     Args:
         input_ids: ids of the whole prompt.
-        tiles: indices of the tiles it uses, in prompt order.
+        tiles: indices of the tiles that the prompt uses, in prompt order.
         question: the question as it goes into the history, with its placeholders.
         history: earlier `(question, answer)` pairs that are part of the prompt.
         text: the rendered prompt, one `<image>` per image.
@@ -116,7 +118,7 @@ class ChatPrompt:
     text: str
 
     def history_with(self, answer: str) -> list[tuple[str, str]]:
-        """Return the history after an answer. Requested reasoning is left out: the next prompt must not hold it."""
+        """Return the history with this answer, but without its reasoning, which the next prompt must not contain."""
         if self.text.rstrip().endswith(THINK_START):
             answer = split_reasoning(answer, thinking=True)[1]
         return [*self.history, (self.question, answer)]
@@ -125,8 +127,9 @@ class ChatPrompt:
 class ChatMixin:
     """`chat`, `chat_stream` and `chat_cache` for a model.
 
-    The model brings what every generating model of transformers has (`generate`, `config`, `get_input_embeddings`, ...),
-    `_check_images(pixel_values, visual_features)`, which refuses tensors of another shape, and its `prompt_format`.
+    The model has to provide what every generating model of transformers has (`generate`, `config`,
+    `get_input_embeddings`, ...). It also needs `_check_images(pixel_values, visual_features)`, which raises an error
+    for tensors of a wrong shape, and `prompt_format`.
     """
 
     prompt_format: PromptFormat
@@ -157,7 +160,7 @@ class ChatMixin:
 
         Each `<image>` in the question and in the questions of the history marks the place of one image, in order. If
         a first question has none, one `<image>` per image is put in front of it. All other control tokens in the
-        texts are plain text. Nothing is stored on the model, and the caller's objects stay as they are.
+        texts are plain text. Nothing is stored on the model, and the caller's objects are not changed.
 
         Args:
             tokenizer: the checkpoint's tokenizer, or its processor.
@@ -167,22 +170,23 @@ class ChatMixin:
             generation_config: dict or `GenerationConfig`; without a length the answer ends after 1,024 tokens.
             history: earlier `(question, answer)` pairs, for a batch one list per question.
             return_history: also return the history with this turn appended.
-            num_patches: tiles per image; None takes all tiles as one image. For a batch either one flat list, whose
-                images go to the placeholders in order (one image per question if there are none), or one list per
-                question.
+            num_patches: tiles per image; None takes all tiles as one image. For a batch, give either one list per
+                question or one flat list. The images of a flat list go to the placeholders in order, or one to each
+                question if there are no placeholders.
             IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: kept for old calls; only the defaults are possible.
-            verbose: log the prompt, with the image tokens left out.
-            visual_features: see `generate`; instead of `pixel_values`.
-            system_prompt: text of a system block in front.
+            verbose: log the prompt, without its image tokens.
+            visual_features: features instead of `pixel_values`; see `generate`.
+            system_prompt: text of a system block before the conversation.
             num_patches_list: InternVL's name of `num_patches`.
             streamer: receives the tokens as they come (`TextStreamer`, `TextIteratorStreamer`); one question only.
             truncation: "oldest_turns" drops the oldest turns of the history, with their images, until prompt and
                 answer fit the context, and logs a warning; None raises an error instead.
             enable_thinking: whether the 12B V2 reasons before it answers; None leaves this to `/think` and `/no_think`
-                in the texts. The answer holds the reasoning (`split_reasoning` splits the two), the history does not.
+                in the texts. The answer contains the reasoning (`split_reasoning` separates them), the history does
+                not.
             past_key_values: a cache from `chat_cache()`, updated in place. It saves time and does not change the
-                answer: the beginning that a prompt shares with the previous one, images included, is not computed
-                again. Pass all pixels and the history as without it. One question only.
+                answer: the beginning that a prompt shares with the previous one is not computed again, images
+                included. Pass all pixels and the history, as you do without a cache. One question only.
 
         Returns:
             the answer; with `return_history` `(answer, history)`; for a batch lists of them.
@@ -231,7 +235,7 @@ class ChatMixin:
     def _generation_options(
         self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """Return a new `GenerationConfig` with the defaults of `chat`, and the given options that it does not have."""
+        """Return a new `GenerationConfig` with the defaults of `chat`, and the options that no such config has."""
         if isinstance(generation_config, GenerationConfig):
             options, given = copy.deepcopy(generation_config), {}
         else:
@@ -256,7 +260,7 @@ class ChatMixin:
         """Return how many tokens of the context are left for a prompt if an answer may take `max_new_tokens`.
 
         Raises:
-            ValueError: if that is none.
+            ValueError: if none are left.
         """
         window = self.config.max_sequence_length
         if max_new_tokens >= window:
@@ -341,7 +345,7 @@ class ChatMixin:
         ]
 
     def chat_cache(self) -> ChatCache:
-        """Return an empty cache for `past_key_values` of `chat`; the model does not keep it.
+        """Return an empty cache for the argument `past_key_values` of `chat`; the model does not keep it.
 
         Raises:
             ValueError: for the 12B V2.
@@ -361,10 +365,10 @@ class ChatMixin:
         generation_config: Mapping[str, Any] | GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Answer one question piece by piece; the pieces joined and stripped are the answer of `chat`.
+        """Answer one question and yield the answer in pieces; joined and stripped they are the answer of `chat`.
 
-        The generation runs in a thread of its own, which ends before the next token if the caller leaves the loop over
-        the pieces or closes the iterator. Errors of `chat` are raised in the loop.
+        The generation runs in a thread of its own. The thread ends before the next token if the caller leaves the loop
+        over the pieces or closes the iterator. Errors of `chat` are raised in the loop.
 
         Args:
             tokenizer, pixel_values, question, generation_config: as for `chat`.
@@ -376,7 +380,7 @@ class ChatMixin:
             answer = pool.submit(
                 self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
             )
-            answer.add_done_callback(lambda _: stream.end())  # also after an error: nobody waits for ever
+            answer.add_done_callback(lambda _: stream.end())  # also after an error, so that the loop ends
             try:
                 yield from stream
                 answer.result()
@@ -412,7 +416,7 @@ def build_chat_prompts(
         image_tag_type: see `image_run`.
         system_prompt: text of a system block.
         max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
-        prompt_format: how the placeholders are written that are put in front of a question.
+        prompt_format: says how placeholders are written that are put in front of a question.
         enable_thinking: variable of the chat template; None leaves the choice to the texts and the template.
 
     Raises:
@@ -474,13 +478,13 @@ def _write_prompt(
 def _drop_oldest_turns(
     prompt: ChatPrompt, images: list[range], max_length: int, write: Callable[..., ChatPrompt]
 ) -> ChatPrompt:
-    """Write a prompt again without its oldest turns and their images, until it fits or only the question is left."""
+    """Write a prompt without its oldest turns and their images, as many as needed to make it fit."""
     pairs = prompt.history
 
     def without(num_turns: int) -> ChatPrompt:
         return write(prompt.question, pairs[num_turns:], images[_num_placeholders(pairs[:num_turns]) :])
 
-    # Bisected: a history of thousands of turns must not be encoded once for each of them.
+    # A bisection, so that a history of thousands of turns is not encoded once for each turn.
     num_dropped = 1 + bisect.bisect_left(
         range(1, len(pairs)), True, key=lambda number: len(without(number).input_ids) <= max_length
     )
@@ -494,7 +498,7 @@ def _drop_oldest_turns(
 
 
 def _num_placeholders(pairs: list[tuple[str, str]]) -> int:
-    """Count the images of earlier turns; only questions hold any."""
+    """Count the images of earlier turns; only questions have any."""
     return sum(question.count(IMAGE_TOKEN) for question, _ in pairs)
 
 
@@ -586,7 +590,7 @@ def _whole_counts(counts: Any) -> list[int]:
 
 
 class _AnswerStream(TextIteratorStreamer):
-    """Passes an answer on without its end token, and stops the generation once nobody reads the answer."""
+    """Yields the text of an answer without its end token, and stops the generation when the reader leaves."""
 
     def __init__(self, tokenizer: Any, options: GenerationConfig):
         super().__init__(tokenizer, skip_prompt=True)

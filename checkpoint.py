@@ -1,7 +1,7 @@
-"""The files of a checkpoint: which ones there are, whether they are whole, and whether they are this model's.
+"""Finds the files of a checkpoint and checks that they are complete and belong to this model.
 
-config.json, the index and the headers of the safetensors files are read once, into a `Checkpoint` that is handed on;
-no weight is read. `StrictPreTrainedModel` loads such a checkpoint as a whole or not at all.
+config.json, the index and the headers of the safetensors files are read once, into a `Checkpoint`. No weight is read.
+`StrictPreTrainedModel` loads such a checkpoint completely, or raises an error.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from transformers.utils import hub
 
 from .configuration_nemotron_vl import HUB_ARGUMENTS, MIXTURE_OF_EXPERTS
 
-# Arguments of `from_pretrained` that transformers takes itself although configs have attributes of these names.
+# Arguments of `from_pretrained` that stay with transformers although configs have attributes of the same names.
 NO_CONFIG_OVERRIDES = (
     *("config", "dtype", "torch_dtype", "quantization_config", "attn_implementation", "trust_remote_code"),
     *("dequantize", "use_safetensors", "output_loading_info", "generation_config"),
 )
 PREFIX_TOKENS_KEY = "vision_model.radio_model.model.patch_generator.cls_token.token"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MOST_PARAMETERS_PER_BYTE = 2  # of a weight file: packed in 4 bits
+MOST_PARAMETERS_PER_BYTE = 2  # of a weight file; two weights of 4 bits fill a byte
 
-# The dtypes that tensors are read in here, by the names that safetensors has for them.
+# The torch dtypes in which tensors are read here, by their names in safetensors.
 TORCH_DTYPES = {
     "U8": torch.uint8,
     "I16": torch.int16,
@@ -58,7 +58,7 @@ class CheckpointError(ValueError):
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors file says of a tensor: the safetensors name of its dtype, its shape, its place in bytes."""
+    """What the header of a safetensors file says about a tensor: its dtype by name, its shape, and its byte range."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -132,7 +132,7 @@ def _is_plain_name(file: Any) -> bool:
 
 
 def read_header(path: str | os.PathLike) -> dict[str, TensorHeader]:
-    """Read what a safetensors file holds from its header, and check that the file is whole.
+    """Read the header of a safetensors file, and check that the file has the length that the header says.
 
     Raises:
         CheckpointError: if the file is truncated, longer than its header says, or no safetensors file.
@@ -192,13 +192,13 @@ def _lfs_remark(path: str | os.PathLike) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `from_pretrained` has to load, read once.
+    """The source, headers and config of a checkpoint that `from_pretrained` is about to load.
 
     Args:
-        source: the directory or Hub id that it was called with, or None.
-        headers: what its safetensors files hold, by tensor name; empty when there are none that transformers would
-            load (weights given by hand, a gguf file, the directory of an adapter).
-        config: its config, for the loader to write into; None without headers.
+        source: the directory or Hub id that `from_pretrained` was called with, or None.
+        headers: the headers of all tensors in the safetensors files, by tensor name. They are empty if transformers
+            would load no such file (weights given by hand, a gguf file, the directory of an adapter).
+        config: the checkpoint's config, which loading may change; None without headers.
     """
 
     source: str | os.PathLike | None
@@ -220,8 +220,8 @@ class Checkpoint:
             kwargs: what `from_pretrained` was called with.
 
         Returns:
-            the checkpoint, and the arguments that are left for transformers: with `config`, and without those that
-            went into it.
+            the checkpoint, and the arguments for transformers. These have `config`, and lack the arguments that are
+            attributes of the config: they were written into it.
 
         Raises:
             ValueError: for damaged files, and for the `.pt` files of llm-awq.
@@ -245,17 +245,17 @@ class Checkpoint:
 
         Args:
             model_class: the class that will be loaded.
-            check_size: also raise if the files are far too small for the model: what they lack would be allocated
-                first.
+            check_size: also raise if the files are far too small for the model. Otherwise transformers would first
+                allocate the missing weights.
 
         Raises:
-            ValueError: for the weights of the omni model, for other class and register tokens than the config counts,
-                and for files that are too small.
+            ValueError: for the weights of the omni model, if the config has another number of class and register
+                tokens than the weights, and for files that are too small.
         """
         if self.config is None:
             return
         vision_config = getattr(self.config, "vision_config", None)
-        if vision_config is not None:  # not the tower alone, which any checkpoint around it may hold
+        if vision_config is not None:  # a tower loaded alone may come from any checkpoint
             if any(".mixer.experts." in name for name in self.headers):
                 raise ValueError(MIXTURE_OF_EXPERTS)
             self._check_prefix_tokens(vision_config)
@@ -275,13 +275,13 @@ class Checkpoint:
     def _check_size(self, model_class: type[PreTrainedModel]) -> None:
         parts = [self.config, *(getattr(self.config, name, None) for name in ("llm_config", "vision_config"))]
         num_layers = max(getattr(part, "num_hidden_layers", 0) for part in parts)
-        if num_layers > len(self.headers):  # building such a model might never end
+        if num_layers > len(self.headers):  # building such a model might take for ever
             raise ValueError(
                 f"The config of {self.source} describes a model of {num_layers} layers, but the files beside it hold "
                 f"only {len(self.headers)} tensors. The config belongs to another checkpoint."
             )
         config = copy.deepcopy(self.config)  # a model writes into its config
-        config._attn_implementation = "eager"  # nothing will run
+        config._attn_implementation = "eager"  # the model will not run
         with torch.device("meta"):
             num_parameters = model_class(config).num_parameters()
         num_bytes = sum(os.path.getsize(file) for file in self.files)
@@ -294,11 +294,11 @@ class Checkpoint:
 
 
 def find_files(source: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[str]:
-    """Find the safetensors files that transformers would load, none when there are none.
+    """Find the safetensors files that transformers would load; the result may be empty.
 
     Args:
         source: directory or Hub id.
-        kwargs: arguments of `from_pretrained`; read are the Hub's and `variant`.
+        kwargs: arguments of `from_pretrained`, of which those for the Hub and `variant` are used.
 
     Raises:
         ValueError: for the `.pt` files of llm-awq, and for a damaged index.
@@ -359,9 +359,9 @@ def _find_shards(source: str, index_file: Path, hub_kwargs: dict[str, Any]) -> l
 def _read_config(
     source: str | os.PathLike, config_class: type[PretrainedConfig], kwargs: Mapping[str, Any]
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Return a config to write into, and the arguments without those that went into it.
+    """Return a config that the caller may change, and the arguments that are not attributes of the config.
 
-    As transformers does when it is given no config: arguments that are attributes of the config override it.
+    Arguments that are attributes override the config, as in transformers.
     """
     config = kwargs.get("config")
     if isinstance(config, PretrainedConfig):
@@ -381,29 +381,29 @@ def _read_config(
 
 
 class StrictPreTrainedModel(PreTrainedModel):
-    """Loads a checkpoint as a whole or not at all, and from safetensors files alone."""
+    """A model that loads complete checkpoints only, and only from safetensors files."""
 
-    # What loading reports and does not forgive.
+    # The parts of transformers' loading report that raise an error here.
     _refused_on_load = ("missing_keys", "unexpected_keys")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> "StrictPreTrainedModel":
-        """Load a checkpoint; in addition to what transformers does, the weights must be those of this model.
+        """Load a checkpoint as transformers does, and raise an error unless its weights are those of this model.
 
-        Only safetensors files are read: a pickle can run any code while it is loaded.
+        Only safetensors files are read, because a pickle can run any code while it is loaded.
 
         Args:
             pretrained_model_name_or_path: directory or Hub id.
-            args, kwargs: as for `PreTrainedModel.from_pretrained`. With `output_loading_info=True` the caller judges
-                missing and left-over weights himself.
+            args, kwargs: as for `PreTrainedModel.from_pretrained`. With `output_loading_info=True`, missing and
+                surplus weights raise no error; the caller gets the report instead.
 
         Raises:
-            ValueError: if the checkpoint lacks weights of the model or has others, the message names them; if a file
-                of weights is damaged, or the index names files outside the directory.
+            ValueError: if the checkpoint lacks weights of the model or has others (the message names them), if a file
+                of weights is damaged, or if the index names files outside the directory.
             OSError: if files are absent.
-            ImportError: if flash-attn is asked for and not installed.
+            ImportError: if flash-attn is requested and not installed.
         """
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(

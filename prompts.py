@@ -1,8 +1,9 @@
-"""Text with placeholders to ids: the guard for user text, how an image is written, how content is split.
+"""From text with placeholders to ids: protects user text, writes images into prompts, and splits message contents.
 
-User text is data. Before a conversation is rendered, every control token inside it (`<image>`, `<|eot_id|>`, ...) is
-split by a marker character, and the prompt is tokenised between the markers, so that no text can forge a turn, an
-image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` of the processor both work this way.
+User text is data. Before a conversation is rendered, a marker character is put into every control token of its texts
+(`<image>`, `<|eot_id|>`, ...). The rendered prompt is cut at the markers, and each piece is tokenised by itself, so no
+text can forge a turn, an image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` of the
+processor both work this way.
 """
 
 import copy
@@ -29,16 +30,16 @@ THINK_END = "</think>"
 # One image of a prompt: strings are text, integers are counts of the image token.
 PromptPieces = list[str | int]
 
-# Plane 15 is for private use: no text needs these characters, and one that is absent from the input becomes the marker.
+# Plane 15 is for private use, so texts do not need these characters. The marker is one that the input does not have.
 PRIVATE_USE_CHARACTERS = range(0xF0000, 0xFFFFE)
 MAX_NESTING = 100  # levels of lists and dicts in messages and tools
 
 
 class PromptFormat(NamedTuple):
-    """What the members of the family do differently in a prompt; everything else they share.
+    """How a prompt is written where the 8B and the 12B differ.
 
     Attributes:
-        images_first: all images of a message stand in front of its text; otherwise each stands where its part stands,
+        images_first: all images of a message come before its text. Otherwise each image comes where its part comes,
             on a line of its own.
         numbered: several images in front of a text get numbers and share one line.
     """
@@ -56,7 +57,8 @@ class PromptIds(NamedTuple):
 
     Attributes:
         input_ids: all ids, the image tokens included.
-        starts: for each id the character of the unexpanded prompt where it starts; None unless requested.
+        starts: for each id, the index of the character where it starts, in the prompt with its placeholders; None
+            unless requested.
     """
 
     input_ids: list[int]
@@ -79,11 +81,11 @@ def strings_in(data: Any, depth: int = 0) -> Iterator[str]:
 
 
 class ControlTokenGuard:
-    """Splits the control tokens inside user text, so that tokenising it cannot yield them.
+    """Puts a marker into the control tokens of user text, so that tokenising the text cannot yield them.
 
     Args:
         tokenizer: its added tokens are the control tokens.
-        data: everything the user wrote, nested as it may be; the marker is a character that does not occur in it.
+        data: everything that the user wrote, in nested dicts and lists. The marker is a character that is not in it.
 
     Raises:
         ValueError: if `data` is nested too deeply, or leaves no character for the marker.
@@ -95,7 +97,8 @@ class ControlTokenGuard:
         if not self.marker:
             raise ValueError("The text uses all 65,534 private characters of Unicode's plane 15; one must be free.")
         tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        # One character where a token starts, ahead of which the token stands: tokens may overlap. (?!) matches nothing.
+        # Match only the first character of a token, and look ahead for the token, because tokens may overlap. (?!)
+        # matches nothing.
         self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, tokens)) or '(?!)'}))(.)", re.DOTALL)
 
     def protect(self, data: Any, keep_image_token: bool = False) -> Any:
@@ -104,10 +107,10 @@ class ControlTokenGuard:
         Args:
             data: a string, or nested dicts and lists of strings and numbers. Templates write the keys of dicts (the
                 parameters of a tool) as they write values, so these are text as well.
-            keep_image_token: leave `<image>` whole: it is a placeholder here.
+            keep_image_token: leave `<image>` as it is, because it is a placeholder here.
 
         Raises:
-            TypeError: for other objects: what a template makes of them cannot be protected.
+            TypeError: for other objects, because the text that a template makes of them cannot be protected.
         """
         if isinstance(data, str):
             data = str.__str__(data)  # a subclass, such as markupsafe's, may change what is joined to it
@@ -135,8 +138,8 @@ def image_run(num_tiles: int, tokens_per_tile: int, image_tag_type: str = "inter
     Args:
         num_tiles: tiles of the image, the thumbnail included.
         tokens_per_tile: visual tokens of a tile, 256 for 512 px.
-        image_tag_type: "internvl": `<img>`, all tokens, `</img>`. "nvlm": every tile behind a tag of its own, the
-            last being the global thumbnail.
+        image_tag_type: "internvl" writes `<img>`, all tokens, `</img>`. "nvlm" writes a tag before every tile; the
+            last tile is the thumbnail.
 
     Raises:
         ValueError: for an unknown `image_tag_type`.
@@ -159,7 +162,7 @@ def render_run(run: PromptPieces) -> str:
 def replacement_offsets(
     prompt: str, image_runs: Sequence[PromptPieces], marker: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return where the placeholders of a prompt stand, and where their images stand once they are written out.
+    """Return the places of the placeholders in a prompt, and those of the images in the expanded prompt.
 
     Args:
         prompt: rendered text; `<image>` stands for one whole image.
@@ -194,8 +197,8 @@ _private_backends_lock = threading.Lock()
 def private_backend(tokenizer: Any) -> Any:
     """Return a copy of a fast tokenizer's backend that neither truncates nor pads.
 
-    transformers sets truncation and padding on the backend itself before every call of the tokenizer. Whoever encodes
-    with the same backend in another thread gets these settings too, so that prompts come back cut or padded.
+    transformers sets truncation and padding on the backend itself before every call of the tokenizer. Another thread
+    that encodes with the same backend gets these settings too, and its prompts would be cut or padded.
 
     Returns:
         a `tokenizers.Tokenizer`. It is made when a tokenizer is first used, and again after tokens were added to it.
@@ -233,12 +236,12 @@ def encode_prompt(
         prompt: rendered text; `<image>` stands for one whole image.
         image_runs: one run per placeholder, in order, from `image_run`.
         image_token_id: id that fills the runs.
-        marker: the character of a `ControlTokenGuard`; the text on its two sides is tokenised apart.
+        marker: the character of a `ControlTokenGuard`; the texts before and after it are tokenised separately.
         return_starts: also return where in `prompt` each id starts.
 
     Raises:
         TypeError: if the tokenizer is not a fast one.
-        ValueError: if the number of placeholders differs from the number of runs, the message holds both; or if the
+        ValueError: if the number of placeholders differs from the number of runs (the message has both), or if the
             text holds half of a surrogate pair.
     """
     try:
@@ -345,7 +348,7 @@ def image_token_id_of(tokenizer: Any) -> int:
 
 
 def leading_images(num_images: int, prompt_format: PromptFormat) -> str:
-    """Write the placeholders of images that stand in front of a text: one on each line, or numbered on one line."""
+    """Write the placeholders of images that come before a text: one on each line, or numbered on one line."""
     if not prompt_format.numbered or num_images < 2:
         return f"{IMAGE_TOKEN}\n" * num_images
     return " ".join(f"<image {number}>{IMAGE_TOKEN}" for number in range(1, num_images + 1)) + "\n"
@@ -375,8 +378,8 @@ def flatten_content(
     Args:
         content: see `split_content`.
         guard: protects the text; None leaves it as it is.
-        prompt_format: says where the images stand. If they come first, the text after them loses its leading line
-            feeds; a text that is not protected and holds `<image>` itself places the images instead.
+        prompt_format: says where the images come. If they come first, leading line feeds of the text are removed. If
+            the text is not protected and contains `<image>`, that marks the places of the images instead.
 
     Returns:
         the string, and the image of each image part (None if the part holds none).
@@ -405,8 +408,8 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
             starts with one.
 
     Returns:
-        the texts before, between and after the images, each in one string, because two harmless parts may join to a
-        control token; and the image of each image part (None if the part holds none).
+        the texts before, between and after the images, and the image of each image part (None if the part holds
+        none). Adjacent text parts become one string, because two harmless parts may join to a control token.
 
     Raises:
         ValueError: for a part of another type; nothing is dropped.
