@@ -48,7 +48,7 @@ if triton is not None:
         BLOCK_PLACES: tl.constexpr,
         SHARED_QUERIES: tl.constexpr,
     ):
-        """Attend with the queries of a key head to every NUM_PARTS-th block of places; the softmax stays unfinished."""
+        """Attend with the queries of a key head to every NUM_PARTS-th block of places; the softmax is unfinished."""
         head = tl.program_id(0).to(tl.int64)  # of all rows of the batch
         part = tl.program_id(1)
         shared = tl.arange(0, SHARED_QUERIES)

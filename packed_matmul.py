@@ -70,7 +70,7 @@ if triton is not None:
         BLOCK_OUTPUTS: tl.constexpr,
         BLOCK_BYTES: tl.constexpr,
     ):
-        """Compute BLOCK_OUTPUTS outputs of one row per program. A byte holds two columns; eight bytes share a scale."""
+        """Compute BLOCK_OUTPUTS outputs of one row per program. A byte has two columns; eight bytes share a scale."""
         row = tl.program_id(1)
         output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
         first = output[:, None].to(tl.int64)
