@@ -24,7 +24,7 @@ $(OLD)/.run: requirements-4.57.txt $(VENV)/.dev
 	$(VENV)/bin/pip install -q --no-deps --target $(OLD) -r requirements-4.57.txt
 	touch $@
 
-demo: $(VENV)/.run  ## chat about a bundled picture
+demo: $(VENV)/.run  ## chat about a bundled image
 	$(PY) -m tools.demo
 
 test: $(VENV)/.dev  ## the fast suite, on the pinned transformers 5
@@ -43,7 +43,7 @@ check: $(VENV)/.dev $(OLD)/.run  ## style, structure, and the fast suite on both
 	$(PY) -m tools.lint
 	$(MAKE) test test-4.57
 
-fuzz: $(VENV)/.dev  ## hostile pictures and prompts for as long as you like; see tests/fuzz.py
+fuzz: $(VENV)/.dev  ## hostile images and prompts for as long as you like; see tests/fuzz.py
 	$(PY) -m tests.fuzz
 
 eval-nano: $(VENV)/.dev  ## 1,000 held-out documents; needs the fonts of the extra `nano`

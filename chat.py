@@ -1,7 +1,7 @@
 """Conversations with a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
 
-`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Each call
-gets everything that the conversation needs; nothing is stored on the model.
+`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Each
+call gets everything that the conversation needs; nothing is stored on the model.
 """
 
 import bisect

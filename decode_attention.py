@@ -1,9 +1,9 @@
-"""Attention of a decode step over a cache with unused places: a Triton kernel that reads the places in use alone.
+"""Attention of a decode step over a static cache: a Triton kernel that reads only the places in use.
 
-A static cache is as large as the longest answer. transformers' sdpa attention reads all of it in every step, and in a
-compiled step repeats keys and values for the queries that share them. Here the query heads of a key head are attended
-together, and a block of places that the mask leaves out is not read: what changes from step to step is data, never a
-shape, as CUDA graphs need it. Everything but such a step goes to transformers' sdpa attention.
+A static cache has places for the longest possible answer. transformers' sdpa attention reads all of them in every
+step, and in a compiled step it repeats keys and values for the queries that share them. This kernel computes all query
+heads of a key head together, and does not read a block of places that the mask excludes. From step to step only data
+change and no shapes, as CUDA graphs need it. Everything but such a step uses transformers' sdpa attention.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ except ImportError:  # see triton_kernels
 NAME = "nemotron_vl_decode"  # as an `attn_implementation`
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCK_PLACES = 64
-NUM_PARTS = 32  # programs that share the places of one key head, block by block in turn
-SHARED_QUERIES = 16  # rows of a product on tensor cores, the least that Triton multiplies
+NUM_PARTS = 32  # programs for each key head; they take the blocks of places in turn
+SHARED_QUERIES = 16  # rows of a product on tensor cores, the fewest that Triton multiplies
 MAX_HEAD_BYTES = 256  # of a key; twice that, in float32, takes 72 KiB of shared memory, and a T4 has 64
 
 if triton is not None:
@@ -48,7 +48,7 @@ if triton is not None:
         BLOCK_PLACES: tl.constexpr,
         SHARED_QUERIES: tl.constexpr,
     ):
-        """One program: the queries of a key head over every NUM_PARTS-th block of places, with the softmax kept open."""
+        """Attend with the queries of a key head to every NUM_PARTS-th block of places; the softmax is unfinished."""
         head = tl.program_id(0).to(tl.int64)  # of all rows of the batch
         part = tl.program_id(1)
         shared = tl.arange(0, SHARED_QUERIES)
@@ -81,16 +81,16 @@ if triton is not None:
 
     @triton.jit
     def _join_kernel(sums, totals, peaks, outputs, HEAD_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr):
-        """One program: the parts of one query head, weighed by their share of the softmax."""
+        """Add up the parts of one query head, weighted by their share of the softmax."""
         row = tl.program_id(0).to(tl.int64)
         part = row * NUM_PARTS + tl.arange(0, NUM_PARTS)
         channel = tl.arange(0, HEAD_SIZE)
         peak = tl.load(peaks + part)
-        # A part without any place has a peak of -inf and no weight.
+        # A part without any place in use has a peak of -inf, and so no weight.
         weight = tl.where(peak == float("-inf"), 0.0, tl.exp(peak - tl.max(peak, axis=0)))
         total = tl.sum(weight * tl.load(totals + part), axis=0)
         values = tl.load(sums + part[:, None] * HEAD_SIZE + channel[None, :])
-        # The peak itself counts 1, so the total is less for a row without any place alone: zeros, as sdpa says.
+        # The peak itself adds 1 to the total, so only a row without any place has less. It gives 0, as in sdpa.
         result = tl.sum(weight[:, None] * values, axis=0) / tl.maximum(total, 1.0)
         tl.store(outputs + row * HEAD_SIZE + channel, result.to(outputs.dtype.element_ty))
 
@@ -128,7 +128,7 @@ def _launch(
 
 
 if triton is not None:
-    # torch.compile sees one operator with a known shape instead of Triton's inside; plain calls spare its overhead.
+    # torch.compile sees one operator with a known shape, not the Triton code. Plain calls avoid its overhead.
     _launch_as_operator = torch.library.custom_op("nemotron_vl::decode_attention", _launch, mutates_args=())
 
     @_launch_as_operator.register_fake
@@ -139,7 +139,7 @@ if triton is not None:
 
 
 def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Say whether the kernel serves this attention: one query, and a mask over places that all its heads share."""
+    """Say whether the kernel can compute this attention: one query, and one mask over places for all its heads."""
     num_rows, num_heads, num_places, head_size = key.shape
     return (
         mask is not None
@@ -167,7 +167,7 @@ def decode_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' sdpa attention does, whose arguments these are.
+    """Attend as transformers' sdpa attention does, with the same arguments.
 
     Args:
         module: the attention layer.
@@ -176,7 +176,7 @@ def decode_attention_forward(
         attention_mask: `(batch_size, 1, sequence_length, num_places)`, True for places to attend to; None for all.
         dropout: share of weights that training drops.
         scaling: factor of the scores; None for `head_size ** -0.5`.
-        kwargs: passed on to sdpa, which serves all that the kernel does not.
+        kwargs: passed on to sdpa, which computes everything that the kernel cannot.
 
     Returns:
         `(batch_size, sequence_length, num_heads, head_size)`, and None for the weights.
@@ -193,7 +193,7 @@ def decode_attention_forward(
 
 
 def default_attention() -> str | None:
-    """The attention of a language model whose caller asks for none; None leaves it to transformers."""
+    """Return the default attention of a language model; None leaves the choice to transformers."""
     return NAME if triton is not None else None
 
 

@@ -3,8 +3,8 @@
 tiles -> C-RADIOv2 tower (`vision_model`) -> pixel shuffle -> projector (`mlp1`) -> rows of the prompt's embeddings
 -> language model (`language_model`). Module names are the keys of the published checkpoints.
 
-`NemotronVLForConditionalGeneration` is everything the two have in common. The two classes at the end have the names of
-the published architectures and state what is particular to each.
+`NemotronVLForConditionalGeneration` has everything that the two models have in common. The two classes at the end of
+the file have the names of the published architectures, and what differs.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
-from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies direct imports alone
+from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies only files that are imported here
 from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
@@ -40,12 +40,12 @@ from .triton_kernels import runs_kernels
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
-except ImportError:  # transformers 4.57, on which the config of the 12B V2 says what is needed
+except ImportError:  # transformers 4.57, on which the config of the 12B V2 raises an error
     NemotronHForCausalLM = NemotronHModel = None
 
 logger = logging.get_logger(__name__)
 
-# How far outside 0..1 a pixel may lie: rounding of bfloat16 tiles.
+# How far outside 0..1 a pixel may lie, because tiles in bfloat16 are rounded.
 PIXEL_TOLERANCE = 0.01
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
@@ -110,7 +110,7 @@ class SquaredReLU(nn.Module):
 
 
 class NemotronVLPreTrainedModel(StrictPreTrainedModel):
-    """What loading, placing and training need to know about the model."""
+    """The attributes and methods of the model that transformers needs to load, place and train it."""
 
     config: NemotronVLConfig
     base_model_prefix = "backbone"  # names no attribute on purpose: 4.57 strips this prefix from the names of weights
@@ -132,11 +132,11 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> "NemotronVLPreTrainedModel":
-        """Load a checkpoint; in addition to what transformers does, no weight may be missing or left over.
+        """Load a checkpoint as transformers does, and raise an error if a weight is missing or surplus.
 
         Args:
             pretrained_model_name_or_path: directory or Hub id in NVIDIA's layout.
-            use_flash_attn: what InternVL clients pass; True asks for flash_attention_2 where it is installed.
+            use_flash_attn: an argument of InternVL clients; True selects flash_attention_2 if it is installed.
             args, kwargs: as for `PreTrainedModel.from_pretrained`.
 
         Raises:
@@ -165,10 +165,10 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
 
 
 class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, GenerationMixin):
-    """C-RADIOv2 tower, projector and a language model, with the weights, the config and the `chat()` NVIDIA published.
+    """C-RADIOv2 tower, projector and language model, with the weight names, config keys and `chat()` of NVIDIA's code.
 
     Args:
-        config: a `NemotronVLConfig`, or the one of the member of the family.
+        config: a `NemotronVLConfig`, or the subclass that belongs to the model.
     """
 
     accepts_uint8_tiles = True  # rescaled on the tower's device
@@ -266,8 +266,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Run tiles through tower, pixel shuffle and projector.
 
         Args:
-            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px; moved to the tower.
-                The 8B V1 also takes uint8 tiles (`do_rescale=False` of the image processor), rescaled on its device.
+            pixel_values: `(num_tiles, 3, height, width)`, RGB in 0..1, sides multiples of 32 px, on any device. The 8B
+                V1 also takes uint8 tiles (`do_rescale=False` of the image processor) and rescales them itself.
             num_patches: tiles per image, to split the result by image; None splits it by tile.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
             kwargs: passed to the tower (`output_hidden_states`, ...).
@@ -277,7 +277,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             with one `(num_tokens, hidden_size)` per image, ready to replace its image tokens.
 
         Raises:
-            ValueError: if `num_patches` does not add up to the tiles, or tiles have sides the model cannot merge.
+            ValueError: if `num_patches` does not add up to the number of tiles, or the sides of tiles do not fit.
         """
         self._check_images(pixel_values)
         if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
@@ -331,13 +331,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         tower = self.vision_model(pixel_values, **kwargs)
         grid_size = [side // self.config.patch_size for side in pixel_values.shape[-2:]]
         merged = pixel_shuffle(tower.features.unflatten(1, grid_size), self.config.merge_size)
-        if self.config.ps_version == "v1":  # CODEPATH: early InternVL-style exports, whose tokens run down columns
+        if self.config.ps_version == "v1":  # CODEPATH: early InternVL exports, which order the tokens column by column
             merged = merged.transpose(1, 2)
         return tower, self._project(merged.flatten(1, 2))
 
     def _project(self, merged: torch.Tensor) -> torch.Tensor:
         """Project merged patches, `(num_tiles, tokens, width)`, on the device and in the dtype of the projector."""
-        # The weight of the norm, which is never quantised; not mlp1[0], because PEFT's modules_to_save wraps mlp1.
+        # The first parameter is the weight of the norm, which is never quantised. `mlp1[0].weight` would fail where
+        # PEFT's modules_to_save wraps mlp1.
         weight = next(self.mlp1.parameters())
         return self.mlp1(_move(merged, weight.device).to(weight.dtype))
 
@@ -384,9 +385,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
         past_key_values: Any | None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return what the language model reads, and the images' features; see `forward`.
+        """Return the inputs of the language model, and the images' features; see `forward`.
 
-        That is the embedded prompt with its images in place; without images the ids, which it embeds by itself.
+        With images the inputs are the embedded prompt with the images in their places. Without images they are the
+        ids, which the language model embeds by itself.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds to forward.")
@@ -395,7 +397,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if pixel_values is not None:
             if torch.compiler.is_compiling():
-                num_patches = None  # splits the features by image and checks the sum; numbers would break the graph
+                num_patches = None  # only splits the features by image; its numbers would break the compiled graph
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         image_features = None if image_outputs is None else _features_of(image_outputs)
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
@@ -410,7 +412,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
 
     @property
     def _is_on_several_devices(self) -> bool:
-        """Whether a device map lays the model over several devices."""
+        """Whether a device map places the model on several devices."""
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
 
@@ -454,8 +456,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             attention_mask: `(batch_size, sequence_length)`, 1 for tokens, 0 for padding.
             position_ids: `(batch_size, sequence_length)`.
             image_flags: `(num_tiles,)` or `(num_tiles, 1)`; tiles whose flag is not 1 are left out.
-            past_key_values: cache of earlier tokens. With a cache, image tokens that come without pixels are ordinary
-                text.
+            past_key_values: cache of earlier tokens. With a filled cache and without pixels, image tokens are taken
+                as text.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
             use_cache: return the cache.
@@ -518,9 +520,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
-            kwargs: everything `GenerationMixin.generate` takes. On CUDA a generation that names no cache gets a static
-                one and a compiled decode step, the first of which takes a while; `disable_compile=True` leaves the
-                dynamic cache, and so does everything that a static one cannot serve (see `_wants_static_cache`).
+            kwargs: everything that `GenerationMixin.generate` takes. On CUDA, a generation that names no cache gets a
+                static cache and a compiled decode step; compiling takes a while in the first call.
+                `disable_compile=True` keeps the dynamic cache. So does everything for which a static cache does not
+                work (see `_wants_static_cache`).
 
         Raises:
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
@@ -548,11 +551,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
-        """Say whether a generation is one that transformers can compile if its cache is static, and names no cache.
+        """Say whether a generation names no cache, and transformers can compile it with a static one.
 
-        Not those with beams, an assistant, a kept cache, no cache or chunks, a model on several devices or a state
-        that transformers does not lay out statically, nor those of a thread beside the main one: CUDA graphs belong to
-        the thread that recorded them, and a thread per answer would record them each time.
+        It cannot if there are beams, an assistant, a kept cache, no cache or a chunked prefill, if the model is on
+        several devices, or if it has a state that transformers does not make static. Threads other than the main one
+        get no static cache either: a CUDA graph belongs to the thread that recorded it, so a new thread for each
+        answer would record it each time.
         """
         sources = (
             kwargs,
@@ -572,7 +576,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             and not given("disable_compile")
             and (given("num_beams") or 1) == 1
             and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
-            and runs_kernels(self.device)  # which the compiled step is made of
+            and runs_kernels(self.device)  # torch.compile makes Triton kernels
         )
 
     def _embed_prompt(
@@ -596,7 +600,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Return how many tokens the context window leaves for the answer to a prompt.
 
         Raises:
-            ValueError: if that is none.
+            ValueError: if it leaves none.
         """
         window = self.config.max_sequence_length
         if prompt_length >= window:
@@ -609,7 +613,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
     def _prepare_generated_length(
         self, *args: Any, input_ids_length: int, inputs_tensor: torch.Tensor, **kwargs: Any
     ) -> GenerationConfig:
-        """End every answer with the context window at the latest."""
+        """Limit the length of every answer to what the context window leaves."""
         options = super()._prepare_generated_length(
             *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
         )
@@ -631,10 +635,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         prompt_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare one step; positions inside the prompt take the rows of `prompt_embeds`, later ones their ids.
+        """Prepare one step: positions inside the prompt use the rows of `prompt_embeds`, later positions their ids.
 
-        So an image token is a place for an image in the prompt, and an ordinary token where the model writes it or
-        an assisted decoding proposes it; chunked prefill and decoding without a cache come out right as well.
+        So an image token of the prompt stands for an image. An image token that the model writes, or that assisted
+        decoding proposes, is an ordinary token. This also holds for chunked prefill and for decoding without a cache.
         """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
@@ -667,9 +671,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         assistant_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Give an assistant the embedded prompt if it can read it; another one proposes without seeing the images.
+        """Give an assistant of this class the embedded prompt; another assistant proposes tokens without the images.
 
-        Image tokens are never proposed: a look-up finds them in every prompt, and an answer has none.
+        Image tokens are removed from the proposals. A prompt lookup would find them in every prompt, but answers do
+        not contain them.
         """
         model_kwargs = dict(model_kwargs)
         prompt_embeds = model_kwargs.pop("prompt_embeds", None)
@@ -695,13 +700,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
 
 
 class NemotronVLModel:
-    """A model without its head: prompts and images to hidden states.
+    """A model without its head: computes hidden states of prompts with images.
 
-    TRL's trainers call `model.base_model` and score answers from its hidden states piece by piece, so that the logits
-    of a long page never exist at once. This is a view and no module: the weights keep their published names.
+    TRL's trainers call `model.base_model` and compute the scores of an answer from its hidden states in parts, so that
+    the logits of a long page never exist all at once. This class is not a module, so that the weights keep their
+    published names.
 
     Args:
-        whole: the model.
+        whole: the model with its head.
     """
 
     def __init__(self, whole: "NemotronVLForConditionalGeneration"):
@@ -746,12 +752,12 @@ class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin
     config: NemotronVLConfig
     config_class = NemotronVLConfig
     prompt_format = V1_FORMAT
-    # Sharders refuse a name that no module has, so each member names its own blocks.
+    # FSDP raises an error for a class name that no module has, so each model names only its own blocks.
     _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
     @staticmethod
     def _build_language_model(text_config: PretrainedConfig) -> PreTrainedModel:
-        # For None, transformers writes "sdpa" there.
+        # If this were None, transformers would write "sdpa" there.
         text_config._attn_implementation = text_config._attn_implementation or default_attention()
         return LlamaForCausalLM(text_config)
 
@@ -784,8 +790,8 @@ class NemotronHBackbone(NemotronHForCausalLM or PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for block in self.backbone.layers:
             if block.block_type == "linear_attention":
-                # transformers 5.23 limits the time steps of a prompt, but not those of single tokens after it, to
-                # `time_step_min`, which is there for drawing fresh weights. mamba-ssm by default limits neither.
+                # transformers 5.23 raises the time steps of a prompt to `time_step_min`, but not those of the single
+                # tokens after it. That number is meant for drawing fresh weights; mamba-ssm by default raises neither.
                 block.mixer.time_step_limit = tuple(config.time_step_limit)
         self.post_init()
 
@@ -834,12 +840,12 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a tensor to the weights that take it; offloaded weights are on "meta", and accelerate's hooks move it."""
+    """Move a tensor to the device of the weights. If these are offloaded ("meta"), accelerate's hooks do it later."""
     return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate, without a copy when there is one batch."""
+    """Concatenate tensors; a single one is returned without a copy."""
     return torch.cat(list(batches)) if len(batches) > 1 else batches[0]
 
 
@@ -872,10 +878,10 @@ def _num_cached(past_key_values: Any | None) -> int:
 
 
 def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool:
-    """Whether nothing comes before these ids; only prompts hold images, a written image token is text."""
+    """Whether nothing comes before these ids. Only then can an image token stand for an image."""
     if past_key_values is None:
         return True
-    # Single tokens are decoding steps: asking a static cache on a GPU for its length would stall each of them.
+    # Single tokens are decoding steps: reading the length of a static cache on a GPU would make each of them wait.
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
@@ -892,7 +898,7 @@ def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
 
 
 def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float, remedy: str) -> None:
-    """Raise for tiles outside of what the model's own image processor makes."""
+    """Raise for tiles with values that the model's own image processor never makes."""
     if pixel_values.numel() == 0:
         return
     low, high = (float(value) for value in pixel_values.aminmax())

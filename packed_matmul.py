@@ -1,8 +1,9 @@
-"""Products of a few rows with a packed weight, as in a decode step: one Triton kernel reads the packed bytes alone.
+"""Triton kernels that multiply a few rows, as in a decode step, by a packed weight. They read only its packed bytes.
 
-A decode step is bound by the bytes it reads, so a weight of 4.5 or 8 bits has to be unpacked in registers, never in
-memory. The kernels unpack as `quantization_nemotron_vl` does (float32 products, one cast to the dtype of the input)
-and add up in float32, so the results differ from the unpacked layer's by the order of summation alone.
+The time of a decode step depends on the bytes that it reads. So a weight of 4.5 or 8 bits should be unpacked in
+registers and not in memory. The kernels unpack as `quantization_nemotron_vl` does (float32 products, one cast to the
+dtype of the input) and add up in float32. Their results differ from those of the unpacked layer only by the order of
+summation.
 
 Where Triton does not run (`triton_kernels`), or with many rows, the weight is unpacked for the matmul.
 """
@@ -17,7 +18,7 @@ try:
 except ImportError:  # see triton_kernels
     triton = None
 
-# The kernels read the weight once for each row of the input: prompts are better off with one unpacked weight.
+# The kernels read the weight once for each row of the input, so for a prompt it is faster to unpack the weight once.
 MAX_ROWS = 4
 BLOCK_OUTPUTS = 8
 BLOCK_BYTES = 256  # of a weight's row at once
@@ -27,14 +28,14 @@ if triton is not None:
 
     @triton.jit
     def _decode_e4m3(byte):
-        """Bytes as int32 -> float32. The seven bits lie in a float32 as they are, its exponent is 120 too small."""
+        """Convert bytes, given as int32, to float32. The shifted seven bits have an exponent that is 120 too small."""
         magnitude = ((byte & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
         magnitude = tl.where((byte & 127) == 127, float("nan"), magnitude)
         return tl.where(byte > 127, -magnitude, magnitude)
 
     @triton.jit
     def _decode_e2m1(code):
-        """Codes 0..15 as int32 -> float32: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+        """Convert codes 0..15, given as int32, to float32: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
         exponent, mantissa = (code & 7) >> 1, code & 1
         magnitude = tl.where(exponent == 0, mantissa * 0.5, ((2 + mantissa) << exponent) * 0.25)
         return tl.where(code > 7, -magnitude, magnitude)
@@ -43,7 +44,7 @@ if triton is not None:
     def _fp8_kernel(
         inputs, weight, scale, outputs, num_inputs, num_outputs, BLOCK_OUTPUTS: tl.constexpr, BLOCK_BYTES: tl.constexpr
     ):
-        """One program: BLOCK_OUTPUTS outputs of one row."""
+        """Compute BLOCK_OUTPUTS outputs of one row in each program."""
         row = tl.program_id(1)
         output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
         total = tl.zeros((BLOCK_OUTPUTS,), tl.float32)
@@ -69,7 +70,7 @@ if triton is not None:
         BLOCK_OUTPUTS: tl.constexpr,
         BLOCK_BYTES: tl.constexpr,
     ):
-        """One program: BLOCK_OUTPUTS outputs of one row. A byte holds two columns, eight bytes share a scale."""
+        """Compute BLOCK_OUTPUTS outputs of one row per program. A byte has two columns; eight bytes share a scale."""
         row = tl.program_id(1)
         output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
         first = output[:, None].to(tl.int64)
@@ -108,7 +109,7 @@ def _launch(
 
 
 if triton is not None:
-    # torch.compile sees one operator with a known shape instead of Triton's inside; plain calls spare its overhead.
+    # torch.compile sees one operator with a known shape, not the Triton code. Plain calls avoid its overhead.
     _launch_as_operator = torch.library.custom_op("nemotron_vl::multiply_packed", _launch, mutates_args=())
 
     @_launch_as_operator.register_fake
@@ -119,7 +120,7 @@ if triton is not None:
 
 
 def has_kernel(format_name: str, inputs: torch.Tensor, tensors: dict[str, torch.Tensor]) -> bool:
-    """Say whether `multiply_packed` serves this product, and is the faster way."""
+    """Say whether `multiply_packed` can compute this product, and is the faster way."""
     return (
         format_name in FORMATS
         and "pre_quant_scale" not in tensors
@@ -129,7 +130,9 @@ def has_kernel(format_name: str, inputs: torch.Tensor, tensors: dict[str, torch.
 
 
 def multiply_packed(format_name: str, inputs: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`inputs @ weight.T` for a weight in modelopt's NVFP4 or FP8 layout, see `quantization_nemotron_vl.FORMATS`.
+    """Compute `inputs @ weight.T` for a weight in modelopt's NVFP4 or FP8 layout.
+
+    `quantization_nemotron_vl.FORMATS` describes the layouts.
 
     Args:
         format_name: "NVFP4" or "FP8".

@@ -1,7 +1,7 @@
 """The `AutoProcessor` of Nemotron Nano VL: from messages and images to prompt ids and tiles.
 
-A prompt is rendered by the chat template, its `<image>` placeholders are expanded to the tiles of their images
-(prompts.py), and the images are cut into tiles (image_processing.py). Options, padding and templates are sorted out here.
+The chat template renders a prompt, `prompts.py` expands its `<image>` placeholders to the tiles of their images, and
+`image_processing.py` cuts the images into tiles. This file handles options, padding and templates.
 """
 
 import inspect
@@ -51,7 +51,7 @@ from .prompts import (
     split_reasoning,
 )
 
-# A template that contains this reads the parts of a content by itself; others, such as the published one, take a string.
+# A template that matches this reads the parts of a content itself. Others, like the published one, need a string.
 READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
 MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
@@ -80,7 +80,7 @@ IGNORED_MEDIA_OPTIONS = (
 )
 NESTED_OPTIONS = ("images_kwargs", "text_kwargs", "common_kwargs")
 CALL_OPTIONS = (*TEXT_OPTIONS, *IMAGE_OPTIONS, "images", *NESTED_OPTIONS, *OTHER_MODALITIES, *IGNORED_MEDIA_OPTIONS)
-# What a tokenizer may have been loaded with: AutoTokenizer.from_pretrained(..., padding="max_length", max_length=512).
+# Options that a tokenizer may have been loaded with: from_pretrained(..., padding="max_length", max_length=512).
 TOKENIZER_DEFAULTS = ("padding", "truncation", "max_length", "pad_to_multiple_of")
 # Options of transformers' own `apply_chat_template`: the first is always on here, the second concerns videos.
 IGNORED_TEMPLATE_OPTIONS = ("sanitize_control_tokens", "load_audio_from_video")
@@ -151,15 +151,15 @@ class NemotronVLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> list[Any]:
-        """Load both halves by our own classes: an `auto_map` in their files is never followed."""
+        """Load image processor and tokenizer by our own code: an `auto_map` in their files is never followed."""
         kwargs.pop("trust_remote_code", None)
-        # transformers 4.57 may have run image_processing.py anew since; pickle wants the class of the latest run.
+        # transformers 4.57 may have run image_processing.py again meanwhile; pickle needs the class of the latest run.
         image_processing = sys.modules[NemotronVLImageProcessor.__module__]
         image_processor = image_processing.NemotronVLImageProcessor.from_pretrained(
             pretrained_model_name_or_path, **kwargs
         )
         tokenizer = NemotronVLTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        tokenizer.padding_side = "left"  # generation goes on at the right
+        tokenizer.padding_side = "left"  # new tokens are added on the right
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # without token_type_ids
         return [image_processor, tokenizer]
 
@@ -198,11 +198,11 @@ class NemotronVLProcessor(ProcessorMixin):
                 be empty: the 8B V1 has no prompt format for them.
 
         Returns:
-            `input_ids` and `attention_mask` (left-padded when padded; a bos token is added if the prompt has none),
-            with images `pixel_values` and `num_patches`. On request `mm_token_type_ids` (1 for visual tokens and the
-            `<img>` and `</img>` around them) and `text_replacement_offsets` (see `replacement_offsets`). A
-            client that passes on only what it knows sets `image_processor.model_input_names = ["pixel_values"]`: the
-            model does not need `num_patches`.
+            `input_ids` and `attention_mask`, and with images `pixel_values` and `num_patches`. Padding is on the left,
+            and a bos token is added if the prompt has none. On request also `mm_token_type_ids` (1 for visual tokens
+            and the `<img>` and `</img>` around them) and `text_replacement_offsets` (see `replacement_offsets`). A
+            client that cannot pass `num_patches` on sets `image_processor.model_input_names = ["pixel_values"]`; the
+            model does not need it.
 
         Raises:
             ValueError: if placeholders and images differ in number, for videos or audio, if a truncation would cut an
@@ -227,7 +227,7 @@ class NemotronVLProcessor(ProcessorMixin):
         marker: str | None = None,
         return_starts: bool = False,
     ) -> tuple[dict[str, Any], str | None, list[list[int]]]:
-        """Do what `__call__` describes, and also return `return_tensors` and where in its text each id starts."""
+        """Do what `__call__` does, and also return `return_tensors` and the place in its text where each id starts."""
         images_kwargs, text_kwargs = self._split_options(options)
         return_tensors = text_kwargs.pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -249,7 +249,7 @@ class NemotronVLProcessor(ProcessorMixin):
         return data, return_tensors, starts
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sort call options into those of the image processor and those of the text, nested and common ones too."""
+        """Split the options of a call, also nested and common ones, into those for images and those for text."""
         flat = {name: value for name, value in options.items() if name not in IGNORED_MEDIA_OPTIONS}
         for name in OTHER_MODALITIES:
             given = flat.pop(name, None)
@@ -353,7 +353,7 @@ class NemotronVLProcessor(ProcessorMixin):
         starts = []
         for (_, prompt_starts), part, padded in zip(prompts, kept, data["input_ids"], strict=True):
             kept_starts = (prompt_starts or [])[part]
-            padding_starts = [-1] * (len(padded) - len(kept_starts))  # in no span
+            padding_starts = [-1] * (len(padded) - len(kept_starts))  # padding has no place in the text
             starts.append(padding_starts + kept_starts if padding_side == "left" else kept_starts + padding_starts)
         return data, starts
 
@@ -375,7 +375,7 @@ class NemotronVLProcessor(ProcessorMixin):
         """Render one conversation or a batch, and with `tokenize=True` encode it together with its images.
 
         With `tokenize=True` control tokens inside the texts are plain text and cannot forge turns or images. With
-        `tokenize=False` they are passed on as they are, for the caller to judge.
+        `tokenize=False` they are not protected, and the caller has to check them.
 
         Args:
             conversation: messages with `role` and `content`; content is a string or a list of text and image parts
@@ -446,10 +446,10 @@ class NemotronVLProcessor(ProcessorMixin):
         return out if return_dict else out["input_ids"]
 
     def _split_template_options(self, kwargs: dict[str, Any], template: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Sort further arguments of `apply_chat_template` into options of `__call__` and variables of the template.
+        """Split further arguments of `apply_chat_template` into options of `__call__` and variables of the template.
 
         Raises:
-            TypeError: for a name that is neither; the template has to contain the name of a variable.
+            TypeError: for a name that is neither. A variable is a name that the template contains.
         """
         options = {name: value for name, value in kwargs.items() if name in CALL_OPTIONS}
         variables = {
@@ -459,7 +459,7 @@ class NemotronVLProcessor(ProcessorMixin):
         if unknown:
             raise TypeError(f"{unknown} are neither options of the processor nor variables of the chat template.")
         if variables.get("image_token") == self.image_token:
-            del variables["image_token"]  # every template gets it, and here it is no user's text
+            del variables["image_token"]  # every template gets it, and it is not text of a user
         return options, variables
 
     def _resolve_template(self, chat_template: str | None) -> str:
@@ -480,7 +480,7 @@ class NemotronVLProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: Iterable[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Count tiles and prompt tokens of images from their (height, width) in pixels; `<img>` and `</img>` count."""
+        """Count tiles and prompt tokens of images, with `<img>` and `</img>`, from their (height, width) in pixels."""
         if image_sizes is None:
             return MultiModalData()
         tiles = [
@@ -497,13 +497,13 @@ class NemotronVLProcessor(ProcessorMixin):
     ) -> list[str]:
         """Save image processor, tokenizer and template so that transformers 4.57 and 5 read them alike."""
         files = super().save_pretrained(save_directory, push_to_hub=False, **kwargs)
-        # transformers 5 nests the image processor inside processor_config.json, which 4.57 and servers do not read.
+        # transformers 5 writes the image processor into processor_config.json, where 4.57 and servers do not find it.
         self.image_processor.save_pretrained(save_directory)
         tokenizer_config = Path(save_directory) / "tokenizer_config.json"
         config = with_keys_of_all_versions(json.loads(tokenizer_config.read_text(encoding="utf-8")))
         tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in (self, self.image_processor):
-            vars(part).pop("auto_map", None)  # transformers wrote it there for the files' sake
+            vars(part).pop("auto_map", None)  # transformers set it only to write the files
         if push_to_hub:
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **kwargs)
         return files
@@ -525,14 +525,14 @@ class NemotronVLV2Processor(NemotronVLProcessor):
 
 
 def _kept_tokens(length: int, limit: int | None, side: str) -> slice:
-    """Return the part of a prompt that stays if it is cut to `limit` tokens on a side, "left" or "right"."""
+    """Return the part of a prompt that is left after cutting it to `limit` tokens on a side, "left" or "right"."""
     if limit is None or length <= limit:
         return slice(0, length)
     return slice(length - limit, length) if side == "left" else slice(0, limit)
 
 
 def with_keys_of_all_versions(tokenizer_config: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer_config.json that transformers 5 may have written, with the keys that 4.57 reads as well."""
+    """Return the content of a tokenizer_config.json, with the keys of transformers 4.57 beside those of 5."""
     config = dict(tokenizer_config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -568,7 +568,7 @@ def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
 
 
 def _tool_schemas(tools: Any) -> Any:
-    """Describe Python functions among the tools in JSON, as transformers does, so that their text can be protected."""
+    """Turn Python functions among the tools into JSON, as transformers does, so that their texts can be protected."""
     if not isinstance(tools, (list, tuple)):
         return tools
     try:
@@ -584,7 +584,7 @@ def _choose_images(images: Any, images_of_messages: list[list[Any]]) -> Any:
 
     Args:
         images: what the caller gave as `images`, or None.
-        images_of_messages: per conversation the image of each image part, None for a part that holds none.
+        images_of_messages: for each conversation, the image of each image part; None for a part that holds none.
     """
     parts = [image for own in images_of_messages for image in own]
     num_held = sum(image is not None for image in parts)
@@ -603,7 +603,7 @@ def _flatten_conversation(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Return the messages with their contents protected by `guard`, and their images in order.
 
-    A content becomes a string with `<image>` placeholders. With `keep_parts` a list of parts stays a list of parts.
+    Each content becomes a string with `<image>` placeholders. With `keep_parts` a list of parts stays a list.
     """
     flattened, images = [], []
     if not isinstance(messages, (list, tuple)):

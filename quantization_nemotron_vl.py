@@ -1,12 +1,13 @@
-"""Quantised checkpoints in plain torch: modelopt NVFP4, FP8 and W4A16_AWQ, and AutoAWQ GEMM, on any device.
+"""Loads quantised checkpoints in plain torch: NVFP4, FP8 and W4A16_AWQ of modelopt, and GEMM of AutoAWQ.
 
-safetensors headers -> one format per nn.Linear -> `PackedLinear`, whose parameters are the stored tensors under their
-stored names -> dequantised in every call (by `packed_matmul` in registers, where it has a kernel), or once for all
-with `from_pretrained(..., dequantize=True)`.
+The headers of the safetensors files tell the format of each nn.Linear. The layer becomes a `PackedLinear`, whose
+parameters are the stored tensors under their stored names. Every call dequantises the weight again; where
+`packed_matmul` has a kernel, this happens in registers. `from_pretrained(..., dequantize=True)` dequantises all
+weights once.
 
-What a module holds is read from its tensors alone: the exclude lists that exporters write are often wrong. Whatever is
-incomplete or unknown is an error. Only weights are quantised here: `input_scale` (activations) and `k_scale`,
-`v_scale` (KV cache) are kept and saved again, and change no number.
+Only the tensors of a module tell its format, because the exclude lists that exporters write are often wrong. An
+incomplete or unknown format is an error. Only weights are quantised here: `input_scale` (for activations) and
+`k_scale` and `v_scale` (for the KV cache) are kept and saved again, but not used.
 """
 
 import copy
@@ -33,11 +34,11 @@ if is_accelerate_available():
 
 logger = logging.get_logger(__name__)
 
-# The name under which transformers finds this quantiser. The published ones are not taken: "awq" is transformers' own,
-# "modelopt" may become so.
+# The name under which transformers finds this quantiser. It is none of the published names, because transformers has a
+# quantiser "awq" of its own and may get a "modelopt".
 QUANT_METHOD = "nemotron_vl_packed"
 STORED_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "awq", QUANT_METHOD)
-# What quantisers of full-precision checkpoints leave alone unless the caller decides.
+# The modules that bitsandbytes, torchao and the like do not quantise unless the caller decides otherwise.
 KEPT_MODULES = ("vision_model", "mlp1", "lm_head", "language_model.lm_head")  # transformers 4.57 wants full names
 
 FLOATS = ("F32", "F16", "BF16")
@@ -62,7 +63,7 @@ AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 @lru_cache(maxsize=8)
 def _e2m1_pairs(device: torch.device) -> torch.Tensor:
-    """For each byte the float32 values of its low and its high nibble, as one int64 `(256,)`: one gather for both."""
+    """For each byte, the float32 values of its low and high nibble in one int64, `(256,)`. One gather reads both."""
     with torch.inference_mode(False):
         magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=device)
         values = torch.cat((magnitudes, -magnitudes))
@@ -71,12 +72,12 @@ def _e2m1_pairs(device: torch.device) -> torch.Tensor:
 
 
 def _scale_inputs(weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """modelopt's AWQ variants multiply the input by `pre_quant_scale`: the same as multiplying the columns by it."""
+    """Multiply the columns by `pre_quant_scale`; modelopt's AWQ multiplies the input by it, which is the same."""
     return weight * tensors["pre_quant_scale"].float() if "pre_quant_scale" in tensors else weight
 
 
 def decode_nvfp4(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """e2m1(code) x (block scale x global scale), the scales' product first, all in float32, one cast at the end."""
+    """Compute e2m1(code) x (block scale x global scale) in float32, the scales' product first, and cast at the end."""
     packed, block_scales = tensors["weight"], tensors["weight_scale"]
     codes = torch.index_select(_e2m1_pairs(packed.device), 0, packed.flatten().int()).view(torch.float32)
     scales = block_scales.float() * tensors["weight_scale_2"].float()
@@ -85,7 +86,7 @@ def decode_nvfp4(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tor
 
 
 def decode_fp8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """float32(weight) x scale, cast once. Gathered from the 256 possible results: CPUs convert float8 slowly."""
+    """Compute float32(weight) x scale and cast once, by a table of the 256 results: CPUs convert float8 slowly."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
     byte = torch.arange(256, dtype=torch.uint8, device=weight.device)
     values = (byte.view(torch.float8_e4m3fn).float() * scale.float()).to(dtype)
@@ -93,7 +94,7 @@ def decode_fp8(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch
 
 
 def decode_w4a16_awq(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Signed int4 x group scale; low nibbles are even rows."""
+    """Compute signed int4 x group scale. The low nibbles are the even rows."""
     packed, scales = tensors["weight"], tensors["weight_scale"]
     nibbles = torch.stack((packed & 15, packed >> 4), dim=1).flatten(0, 1)  # (out_features, in_features)
     codes = (nibbles ^ 8).to(torch.float32) - 8
@@ -102,12 +103,12 @@ def decode_w4a16_awq(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) ->
 
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """`(rows, columns / 8)` int32 -> `(rows, columns)` uint8 in 0..15."""
+    """Unpack `(rows, columns / 8)` int32 to `(rows, columns)` uint8 in 0..15."""
     return torch.stack([((words >> shift) & 15).to(torch.uint8) for shift in AWQ_SHIFTS], dim=-1).flatten(-2)
 
 
 def decode_awq_gemm(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """(code - zero) x scale per group of inputs, in float32, cast once. No zero-point offset of 1."""
+    """Compute (code - zero) x scale per group of inputs in float32, and cast once. Zeros have no offset of 1."""
     scales = tensors["scales"].float()
     codes = _unpack_awq(tensors["qweight"]).unflatten(0, (scales.shape[0], -1))
     zeros = _unpack_awq(tensors["qzeros"]).float()
@@ -136,7 +137,7 @@ class Format(NamedTuple):
 
 
 SCALAR = (("F32",), ())
-# Weights dequantised at a time on a CPU; larger chunks fall out of its caches and page-fault in every call.
+# Weights dequantised at a time on a CPU. Larger chunks do not fit its caches and page-fault in every call.
 CPU_CHUNK_WEIGHTS = 2**21
 
 FORMATS = {
@@ -203,7 +204,7 @@ def detect_format(name: str, linear: nn.Module, tensors: Mapping[str, TensorHead
         the format, None for a plain weight.
 
     Raises:
-        ValueError: for everything unknown, incomplete or of another shape, with key, dtype and shape.
+        ValueError: if the tensors are unknown, incomplete or of a wrong shape. The message has key, dtype and shape.
     """
     main = next((key for key in ("qweight", "weight_packed", "weight") if key in tensors), None)
     if main is None:
@@ -228,7 +229,7 @@ def detect_format(name: str, linear: nn.Module, tensors: Mapping[str, TensorHead
 
 
 def _guess_layout(tensors: Mapping[str, TensorHeader]) -> str:
-    """Name a layout that is not supported, where its tensors give it away."""
+    """Return the name of an unsupported layout, if the tensors show which one it is."""
     if "weight_packed" in tensors:
         return "the layout of compressed-tensors, which transformers loads when config.json says so"
     if "g_idx" in tensors:
@@ -281,11 +282,11 @@ def _raise_unknown(name: str, tensors: Mapping[str, TensorHeader], reason: str) 
 
 
 class _PackedMatmul(torch.autograd.Function):
-    """`hidden_states @ weight.T` that keeps the packed weight for the backward pass, not the dequantised one."""
+    """Computes `hidden_states @ weight.T`, and keeps only the packed weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
-        # The tensors, not the layer: hooks may have swapped them out when the backward pass comes.
+        # Keep the tensors and not the layer, because hooks may have replaced its tensors before the backward pass.
         ctx.format, ctx.tensors = layer.format, layer.packed_tensors()
         return layer.multiply(hidden_states)
 
@@ -297,11 +298,11 @@ class _PackedMatmul(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """A frozen Linear whose weight stays as stored; it is dequantised to the dtype of the input in every call.
 
-    Its parameters carry the names, dtypes and shapes of the file, so that saving writes the same layout back. It is an
-    nn.Linear for those who look for layers to adapt (peft).
+    Its parameters have the names, dtypes and shapes of the file, so that saving writes the same layout back. It is a
+    subclass of nn.Linear, so that peft finds it.
 
     Args:
-        linear: the layer it stands for; its bias is taken over.
+        linear: the layer that this one replaces; its bias is kept.
         stored: the format of the weight.
         tensors: dtype and shape of the stored tensors.
     """
@@ -317,19 +318,19 @@ class PackedLinear(nn.Linear):
             self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         self.bias = linear.bias
         self._is_hf_initialized = True  # transformers must not draw random bytes for weights offloaded to disk
-        self.compute_dtype: torch.dtype | None = None  # what peft gives its adapters; the weight's may be float8
+        self.compute_dtype: torch.dtype | None = None  # the dtype of peft's adapters; that of the weight may be float8
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by the last part of their names."""
+        """Return the stored tensors by the last part of their names."""
         return {key: self._parameters[key].detach() for key in self.packed_names}
 
     @torch.no_grad()
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """`(out_features, in_features)`."""
+        """Return the weight, `(out_features, in_features)`."""
         return self.format.decode(self.packed_tensors(), dtype)
 
     def _chunks(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
-        """The stored tensors, on a CPU cut into ranges of outputs that are dequantised one after the other."""
+        """Return the stored tensors, on a CPU in ranges of outputs that are dequantised one after the other."""
         count = 1
         if device.type == "cpu":
             num_weights = self.out_features * self.in_features
@@ -341,7 +342,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`hidden_states @ weight.T`, never holding the whole dequantised weight of a large layer on a CPU."""
+        """Compute `hidden_states @ weight.T`; a CPU dequantises large weights in parts, never as a whole."""
         dtype = hidden_states.dtype
         outputs = [
             nn.functional.linear(hidden_states, self.format.decode(part, dtype))
@@ -351,7 +352,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device_type = hidden_states.device.type
-        # "meta" has no autocast, and torch refuses to be asked.
+        # "meta" has no autocast, and `is_autocast_enabled` raises an error for it.
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         if torch.is_grad_enabled() and hidden_states.requires_grad:
@@ -363,7 +364,7 @@ class PackedLinear(nn.Linear):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
-        """Move with the model, but keep the stored dtypes: `model.to(dtype)` is about the computation."""
+        """Move with the model, but keep the stored dtypes: `model.to(dtype)` changes only the computation."""
         packed = {id(self._parameters[key]) for key in self.packed_names}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -421,7 +422,7 @@ def pack_linears(model: nn.Module, headers: Mapping[str, TensorHeader]) -> dict[
 
 
 def _keep_cache_scales(name: str, module: nn.Module, tensors: Mapping[str, TensorHeader]) -> None:
-    """Give KV-cache scales of an unquantised module a place, so that they are loaded and saved again."""
+    """Register the KV-cache scales of an unquantised module, so that they are loaded and saved again."""
     for key in KV_CACHE_SCALES:
         if key in tensors:
             if tensors[key].dtype != "F32" or math.prod(tensors[key].shape) != 1:
@@ -431,7 +432,7 @@ def _keep_cache_scales(name: str, module: nn.Module, tensors: Mapping[str, Tenso
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """The packed layers of a model and their names."""
+    """Return the packed layers of a model with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
 
 
@@ -439,11 +440,11 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """What transformers carries about a checkpoint that this module runs.
+    """The quantisation config of a model with packed layers.
 
     Args:
         stored: the checkpoint's own `quantization_config`, which saving writes back; None when it has none.
-        headers: what the checkpoint's files hold, needed during loading only.
+        headers: the headers of the checkpoint's tensors; only loading needs them.
     """
 
     def __init__(
@@ -474,13 +475,13 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Say whether `create_quantized_param` must load a tensor (transformers 4.57 asks)."""
+        """Say whether `create_quantized_param` must load a tensor (used by transformers 4.57)."""
         return param_name in self.headers and is_quantised(param_name, self.headers[param_name])
 
     def create_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, target_device: Any, **kwargs: Any
     ) -> None:
-        """transformers 4.57 has cast the tensor to the model's dtype; a scale must stay as it is stored."""
+        """Register a tensor in its stored dtype; transformers 4.57 has cast it to the model's dtype."""
         header = self.headers[param_name]
         if param_value.dtype != TORCH_DTYPES[header.dtype]:
             param_value = header.read()
@@ -500,7 +501,7 @@ class PackedQuantizer(HfQuantizer):
         return model
 
     def _correct_offload_index(self, model: nn.Module) -> None:
-        """transformers 4.57 lets accelerate read every tensor on disk in the model's dtype; give them their own."""
+        """Let accelerate read tensors on disk in their stored dtype; transformers 4.57 set that of the model."""
         for name, layer in packed_linears(model):
             index = getattr(getattr(getattr(layer, "_hf_hook", None), "weights_map", None), "dataset", None)
             for key in layer.packed_names:
@@ -511,7 +512,7 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         unpack_linears(model, dtype)
         for part in (model.config.get_text_config(), model.config.vision_config):
-            vars(part).pop("_pre_quantization_dtype", None)  # transformers 4.57 clears it at the top level only
+            vars(part).pop("_pre_quantization_dtype", None)  # transformers 4.57 removes it only from the whole config
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -519,7 +520,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters are; the packed weights stay frozen."""
+        """True, because adapters can be trained; the packed weights stay frozen."""
         return True
 
     @property
@@ -528,7 +529,7 @@ class PackedQuantizer(HfQuantizer):
 
 
 def describe_formats(model: nn.Module) -> dict[str, Any]:
-    """Write the `quantization_config` of packed layers whose checkpoint came without one, as engines read it."""
+    """Return a `quantization_config` that engines can read, for packed layers of a checkpoint that has none."""
     layers = dict(packed_linears(model))
     names = sorted({layer.format.name for layer in layers.values()})
     ignore = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in layers]
@@ -575,7 +576,7 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def register() -> None:
-    """Tell transformers of this quantiser. Every copy of this file registers when loaded: the last one wins."""
+    """Register this quantiser with transformers. Every copy of this file does so when loaded; the last one counts."""
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = PackedConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = PackedQuantizer
 
@@ -586,14 +587,14 @@ def register() -> None:
 def prepare_loading(
     checkpoint: Checkpoint, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
-    """Complete the arguments with which transformers loads a checkpoint, by the formats of its tensors.
+    """Complete the arguments with which transformers loads a checkpoint, according to the formats of its tensors.
 
     Args:
-        checkpoint: what its files hold; its config is written into.
-        kwargs: what `Checkpoint.read` left for transformers, and `dequantize`.
+        checkpoint: the headers and the config; the config may be changed.
+        kwargs: the arguments for transformers that `Checkpoint.read` returned, and `dequantize`.
 
     Returns:
-        arguments for `PreTrainedModel.from_pretrained`, and what to do with the model after it.
+        arguments for `PreTrainedModel.from_pretrained`, and a function to call with the loaded model.
 
     Raises:
         ValueError: for a quantisation that cannot be loaded, and for a second one of a quantised checkpoint.
@@ -643,7 +644,7 @@ def prepare_loading(
 
 
 def _leave(model: nn.Module) -> None:
-    """Do nothing with a model that is ready."""
+    """Do nothing: the model needs no further step."""
 
 
 def _stored_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -662,7 +663,7 @@ def _reject_packed_state_dict(state_dict: Mapping[str, torch.Tensor] | None) -> 
 
 
 def _keep_modules(quantization_config: Any) -> Any:
-    """Have bitsandbytes, torchao and the like spare tower, projector and lm_head, unless the caller lists some."""
+    """Exclude tower, projector and lm_head from bitsandbytes, torchao etc., unless the caller lists modules."""
     for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if getattr(quantization_config, name, "absent") is None:
             quantization_config = copy.deepcopy(quantization_config)
@@ -671,8 +672,10 @@ def _keep_modules(quantization_config: Any) -> Any:
 
 
 def _take_placement(kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the arguments of a placement on several devices out of `kwargs`: plain weights are larger than packed ones,
-    so the model is dequantised in main memory and placed afterwards. One device needs no such detour."""
+    """Remove the arguments of a placement on several devices from `kwargs` and return them; None for one device.
+
+    Plain weights are larger than packed ones, so the model is dequantised in main memory and placed afterwards.
+    """
     device_map = kwargs.get("device_map")
     if isinstance(device_map, Mapping):
         several = len(set(device_map.values())) > 1 or "disk" in device_map.values()

@@ -1,8 +1,8 @@
-"""C-RADIOv2, the vision tower: pixels in 0..1 -> one summary vector per image and one feature vector per patch.
+"""C-RADIOv2, the vision tower: computes one summary vector per image and one feature vector per patch.
 
-A plain pre-norm ViT whose square position table is resized to the image, so any height and width in whole patches
-work. Module names are those of the published weights (`radio_model.model.blocks.0.attn.qkv.weight`, ...): the class
-serves as `vision_model` of the VLM and, through `AutoModel`, for a stand-alone C-RADIO checkpoint directory.
+It is a plain pre-norm ViT. Its square position table is resized to the image, so any height and width in whole patches
+work. Module names are those of the published weights (`radio_model.model.blocks.0.attn.qkv.weight`, ...). `RADIOModel`
+is the `vision_model` of the VLM, and also loads a stand-alone C-RADIO checkpoint directory through `AutoModel`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .configuration_nemotron_vl import RADIOConfig
 
 try:
     from transformers.utils.output_capturing import capture_outputs
-except ImportError:  # transformers 4.57 has the same decorator under its first name
+except ImportError:  # transformers 4.57 has the same decorator under an older name
     from transformers.utils.generic import check_model_inputs as capture_outputs
 
 
@@ -34,7 +34,7 @@ class RADIOModelOutput(ModelOutput):
         features: `(num_images, grid_height * grid_width, hidden_size)`, one vector per patch, row-major.
         last_hidden_state: `(num_images, num_prefix_tokens + grid_height * grid_width, hidden_size)`, the sequence
             that both are taken from.
-        hidden_states: with `output_hidden_states=True`, the input of the first block and the output of each.
+        hidden_states: with `output_hidden_states=True`, the input of the first block and the output of each block.
         attentions: with `output_attentions=True` and eager attention, per block
             `(num_images, num_attention_heads, sequence_length, sequence_length)`.
     """
@@ -47,7 +47,7 @@ class RADIOModelOutput(ModelOutput):
 
 
 class RADIOInputConditioner(nn.Module):
-    """Normalise RGB pixels in 0..1 with the tower's own mean and standard deviation, unless they come normalised."""
+    """Normalise RGB pixels in 0..1 with the tower's own mean and standard deviation, unless they are normalised."""
 
     def __init__(self, config: RADIOConfig):
         super().__init__()
@@ -57,7 +57,7 @@ class RADIOInputConditioner(nn.Module):
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        # CODEPATH: the 12B V2, whose image processor normalises; its checkpoint holds these numbers all the same.
+        # CODEPATH: the 12B V2, whose image processor normalises. Its checkpoint holds these numbers nevertheless.
         if self.config.external_normalization:
             return pixel_values
         return (pixel_values - self.norm_mean) / self.norm_std
@@ -75,7 +75,7 @@ class RADIOPrefixTokens(nn.Module):
 
 
 class RADIOPatchGenerator(nn.Module):
-    """Normalised pixels -> token sequence: projected patches plus positions, after the prefix tokens."""
+    """Turns normalised pixels into the token sequence: the prefix tokens, then projected patches plus positions."""
 
     def __init__(self, config: RADIOConfig):
         super().__init__()
@@ -116,7 +116,7 @@ class RADIOPatchGenerator(nn.Module):
         return blocks.reshape(num_images, -1, num_channels * size**2)
 
     def position_table(self) -> torch.Tensor:
-        """The table as an image: `(1, hidden_size, position_grid_size, position_grid_size)`."""
+        """Return the table as an image, `(1, hidden_size, position_grid_size, position_grid_size)`."""
         side = self.config.position_grid_size
         return self.pos_embed.view(1, side, side, -1).permute(0, 3, 1, 2)
 
@@ -255,7 +255,7 @@ class RADIOModel(StrictPreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["RADIOPatchGenerator", "RADIOBlock"]
-    # A VLM around the tower, or heads for its teachers, are left where they are.
+    # The other weights of a VLM, and the heads for the tower's teachers, are not loaded.
     _refused_on_load = ("missing_keys",)
     _keys_to_ignore_on_load_unexpected = [r"summary_idxs$"]  # a constant of the config
     _keys_to_ignore_on_load_missing = [r"input_conditioner\.norm_(mean|std)$"]  # the config has them, too
@@ -279,7 +279,7 @@ class RADIOModel(StrictPreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Say yes; each version of transformers would search this file's text for another name of the interface."""
+        """Return True. transformers would search this file's text for a name that differs between its versions."""
         return True
 
     @torch.no_grad()
@@ -305,8 +305,8 @@ class RADIOModel(StrictPreTrainedModel):
 
         Args:
             pixel_values: `(num_images, 3, height, width)` RGB in 0..1, height and width in pixels, multiples of
-                `config.patch_size`. They are normalised in their own precision, then cast to the weights' dtype; with
-                `config.external_normalization` they are normalised already.
+                `config.patch_size`. They are normalised in their own precision, then cast to the dtype of the weights.
+                With `config.external_normalization` they have to be normalised already.
             x: the published name of the same argument (vLLM uses it).
 
         Returns:
@@ -322,7 +322,7 @@ class RADIOModel(StrictPreTrainedModel):
         self._check_pixels(pixel_values)
         hidden_states = self.radio_model(pixel_values, **kwargs)
         num_patches = pixel_values.shape[-2] * pixel_values.shape[-1] // self.config.patch_size**2
-        # Slices, because a list as an index is copied to the device in every call; the empty one is for no index at all.
+        # Slices, because a list as an index is copied to the device in every call. An empty slice is for no index.
         chosen = [hidden_states[:, index] for index in self.config.summary_idxs]
         return RADIOModelOutput(
             summary=torch.cat([hidden_states[:, :0].flatten(1), *chosen], dim=-1),

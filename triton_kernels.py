@@ -1,7 +1,7 @@
 """Whether Triton's kernels run on a device: found out once, by running one.
 
-Triton comes with the CUDA builds of torch for Linux, and compiles a kernel when it is first called. For that it needs a
-C compiler and a GPU that is not too old. Where something is missing, plain torch does what the kernels do.
+Triton comes with the CUDA builds of torch for Linux, and compiles a kernel when it is first called. For that it needs
+a C compiler and a GPU that is not too old. If something is missing, plain torch computes what the kernels would.
 """
 
 import functools
@@ -27,10 +27,10 @@ if triton is not None:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Say whether Triton's kernels run on a device. The first question runs one, and logs why it does not."""
+    """Say whether Triton's kernels run on a device. The first call runs one; if that fails, it logs why."""
     if triton is None or device.type not in KERNEL_DEVICES:
         return False
-    # Who compiles for a GPU has Triton at work already; a trial inside of a graph would be traced into it.
+    # A graph that is compiled for a GPU uses Triton already, and a trial run would become part of the graph.
     return torch.compiler.is_compiling() or _runs_trial(device)
 
 
