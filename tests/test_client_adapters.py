@@ -269,6 +269,14 @@ def test_ms_swift_writes_the_prompt_of_our_template(processor, monkeypatch, text
         template.replace_tag("video", 0, inputs)
 
 
+@pytest.mark.parametrize("name", ["docling_markdown", "llama_factory", "ray_data"])
+def test_commands_without_their_client_say_how_to_run_and_what_to_install(name):
+    command = [sys.executable, str(CLIENTS / f"{name}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = done.stdout + done.stderr
+    assert "pip install" in said and f"python examples/clients/{name}.py" in said and "Traceback" not in said
+
+
 # --- the clients themselves ---
 
 

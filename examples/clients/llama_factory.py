@@ -25,10 +25,13 @@ import re
 import sys
 from typing import Any
 
-from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER, BasePlugin, get_mm_plugin, register_mm_plugin
-from llamafactory.data.template import TEMPLATES, register_template
-from llamafactory.model.model_utils.visual import _register_composite_model
-from llamafactory.train.tuner import run_exp
+try:
+    from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER, BasePlugin, get_mm_plugin, register_mm_plugin
+    from llamafactory.data.template import TEMPLATES, register_template
+    from llamafactory.model.model_utils.visual import _register_composite_model
+    from llamafactory.train.tuner import run_exp
+except ImportError as error:
+    sys.exit(f"{__doc__}\nLLaMA-Factory cannot be imported here: {error}.")
 
 NAME = "nemotron_vl"
 
