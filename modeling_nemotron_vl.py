@@ -772,8 +772,10 @@ class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin
 
     def _pixel_limits(self) -> tuple[float, float, str]:
         remedy = (
-            "this model takes RGB in 0..1 and normalises by itself. Use this checkpoint's image processor, or undo the "
-            "normalisation of tiles made elsewhere: image_processing.undo_normalization(pixel_values)"
+            "this model takes RGB in 0..1 and normalises by itself. Let this checkpoint's image processor cut the tiles, as "
+            "the adapters for VLMEvalKit and others in examples/clients/ do. The last resort makes tiles of another client "
+            "run: image_processing.undo_normalization(pixel_values); the model was not trained on tiles cut another way, "
+            "so its answers about them can be wrong without any sign"
         )
         return -PIXEL_TOLERANCE, 1 + PIXEL_TOLERANCE, remedy
 

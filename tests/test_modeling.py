@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from tests.conftest import golden_cases, golden_inputs, read_golden_cases
 from tests.prompts import GREEDY, ONE, WIDE, encode
+from tools import ROOT
 
 # --- the published results --------------------------------------------------------------------------------------
 
@@ -389,6 +390,13 @@ def test_normalised_or_raw_pixels_are_refused_with_the_remedy(model, processor, 
 def test_the_remedy_for_normalised_pixels_names_a_function_that_exists(model):
     module, function = re.search(r"(\w+)\.(\w+)\(pixel_values\)", model._pixel_limits()[2]).groups()
     assert callable(getattr(importlib.import_module(f"nemotron_vl.{module}"), function))
+
+
+def test_the_remedy_for_normalised_pixels_names_the_adapters_first_and_what_the_last_resort_costs(model):
+    remedy = model._pixel_limits()[2]
+    adapters, last_resort = remedy.index("examples/clients/"), remedy.index("undo_normalization")
+    assert adapters < last_resort < remedy.index("answers about them can be wrong")
+    assert (ROOT / "examples/clients/vlmevalkit.py").exists()
 
 
 def test_prompt_beyond_the_context_is_refused_with_the_numbers(model, processor):
