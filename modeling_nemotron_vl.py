@@ -47,6 +47,17 @@ logger = logging.get_logger(__name__)
 
 # How far outside 0..1 a pixel may lie, because tiles in bfloat16 are rounded.
 PIXEL_TOLERANCE = 0.01
+# What `generate` of transformers offers and this model cannot do, and what to do instead.
+REFUSED_OPTIONS = {
+    "token_healing": "it decodes the prompt without its special tokens and encodes it again, which loses images and chat "
+    "format. Leave it out",
+    "assistant_early_exit": "no released language model was trained to answer from an early layer. Pass an "
+    "assistant_model or prompt_lookup_num_tokens",
+    "speculation_type": "it needs a draft model that was trained for this one, and there is none. Pass an assistant_model "
+    "or prompt_lookup_num_tokens",
+}
+# What looks at the ids of a prompt, so that its embeddings alone are not enough.
+OPTIONS_THAT_READ_IDS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "guidance_scale")
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 
@@ -282,17 +293,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         self._check_images(pixel_values)
         if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
             raise ValueError("pixel_values are uint8, but this model takes tiles that its image processor normalised.")
-        num_tiles = len(pixel_values)
-        tiles_per_image = [1] * num_tiles if num_patches is None else [int(tiles) for tiles in num_patches]
-        if sum(tiles_per_image) != num_tiles:
-            raise ValueError(
-                f"num_patches={tiles_per_image} counts {sum(tiles_per_image)} tiles, but pixel_values holds "
-                f"{num_tiles}. Pass both as one processor call returned them."
-            )
-        if image_flags is not None:
-            flags = image_flags.flatten().to(pixel_values.device) == 1
-            tiles_per_image = [int(own.sum()) for own in flags.split(tiles_per_image)]
-            pixel_values = pixel_values[flags]
+        pixel_values, tiles_per_image = _select_tiles("pixel_values", pixel_values, num_patches, image_flags)
         if len(pixel_values) == 0:
             return BaseModelOutputWithPooling(pooler_output=())
         batches = pixel_values.split(self._vision_batch_size(len(pixel_values)))
@@ -311,6 +312,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Raise if tiles, or the features given instead of them, have another shape than the model takes."""
         if visual_features is None:
             _check_shape("pixel_values", pixel_values, "(num_tiles, 3, height, width)")
+        elif pixel_values is not None:
+            raise ValueError("Pass either pixel_values or visual_features, not both.")
         else:
             width = self.config.vit_hidden_size * self.config.merge_size**2
             _check_shape("visual_features", visual_features, "(num_tiles, tokens, width)", width)
@@ -402,13 +405,34 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         image_features = None if image_outputs is None else _features_of(image_outputs)
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
             self._check_no_images(input_ids)
+        runs_blank_tile = image_features is None and past_key_values is None and self._trains_in_processes
         if inputs_embeds is None:
-            if image_features is None and not self._is_on_several_devices:
+            if image_features is None and not self._is_on_several_devices and not runs_blank_tile:
                 return {"input_ids": input_ids}, None
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
             inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
+        elif runs_blank_tile:
+            side = self.config.patch_size * self.config.merge_size
+            blank = torch.zeros(1, 3, side, side, device=self.vision_model.device)
+            features = self.get_image_features(blank, return_dict=True).pooler_output[0]
+            inputs_embeds = inputs_embeds + (0 * features).sum().to(inputs_embeds.device, inputs_embeds.dtype)
         return {"inputs_embeds": inputs_embeds}, image_features
+
+    @property
+    def _trains_in_processes(self) -> bool:
+        """Whether other processes train along, so that tower and projector must run even for a batch without images.
+
+        DDP waits for the gradient of every weight, and FSDP gathers a block's weights in all processes at once. The
+        smallest tile, of one token, is enough for both.
+        """
+        distributed = torch.distributed
+        return (
+            self.training
+            and distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size() > 1
+        )
 
     @property
     def _is_on_several_devices(self) -> bool:
@@ -459,7 +483,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             past_key_values: cache of earlier tokens. With a filled cache and without pixels, image tokens are taken
                 as text.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
-            labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside.
+            labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside. Image tokens, and the
+                token before and after each run of them (`<img>` and `</img>`), never carry loss, whatever stands here.
             use_cache: return the cache.
             num_patches: tiles per image, as the processor returns it.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
@@ -489,6 +514,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
+            if image_features is not None or input_ids is None:
+                labels = self._without_images(labels, input_ids, kwargs.get("ignore_index", -100))
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return NemotronVLOutput(
             loss=loss,
@@ -498,6 +525,17 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             attentions=outputs.attentions,
             image_hidden_states=image_features,
         )
+
+    def _without_images(self, labels: torch.Tensor, input_ids: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+        """Return the labels with `ignore_index` at the image tokens and at the tokens around each run of them."""
+        image_token_id = self.config.image_token_id
+        if image_token_id is None:  # without images the config may lack it
+            return labels
+        # Embeddings name no tokens; there the labels do.
+        is_image = (labels if input_ids is None else input_ids.to(labels.device)) == image_token_id
+        around = nn.functional.pad(is_image, (1, 1))
+        is_image = is_image | around[:, 2:] | around[:, :-2] | (labels == image_token_id)
+        return labels.masked_fill(is_image, ignore_index)
 
     @torch.no_grad()
     def generate(
@@ -520,21 +558,36 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
-            kwargs: everything that `GenerationMixin.generate` takes. On CUDA, a generation that names no cache gets a
-                static cache and a compiled decode step; compiling takes a while in the first call.
-                `disable_compile=True` keeps the dynamic cache. So does everything for which a static cache does not
-                work (see `_wants_static_cache`).
+            kwargs: everything that `GenerationMixin.generate` takes, except `REFUSED_OPTIONS`. `inputs_embeds` beside the
+                ids they were made of are the prompt; images are put in where they are given. Beside a cache, images
+                are those of the uncached ids, or of all ids. On CUDA, a generation that names no cache gets a static
+                cache and a compiled decode step; compiling takes a while in the first call. `disable_compile=True`
+                keeps the dynamic cache. So does everything for which a static cache does not work (see
+                `_wants_static_cache`).
 
         Raises:
-            ValueError: if image tokens and features differ in number, pixels lie outside 0..1, or the prompt does
-                not fit the context.
+            ValueError: if image tokens and features differ in number, pixels lie outside 0..1, the prompt does not
+                fit the context, or an option cannot be had; the message says why.
         """
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        inputs_embeds = kwargs.get("inputs_embeds")
+        # transformers lets ids of another length be a mere record of what the embeddings stand for.
+        embeds_alone = inputs_embeds is not None and (
+            input_ids is None or input_ids.shape[:2] != inputs_embeds.shape[:2]
+        )
+        images = {
+            "pixel_values": pixel_values,
+            "visual_features": visual_features,
+            "mm_encoder_outputs": kwargs.get("mm_encoder_outputs") or None,
+            "prompt_embeds": kwargs.get("prompt_embeds"),
+        }
+        self._check_generation(self._given_option(generation_config, kwargs), images, embeds_alone)
         if input_ids is not None:
             self._tokens_left_after(input_ids.shape[1])  # before the tower runs
         if visual_features is not None:
             self._check_images(None, visual_features)
-            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(visual_features)))
+            features, _ = _select_tiles("visual_features", visual_features, num_patches, image_flags)
+            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
         elif pixel_values is not None:
             if pixel_values.dtype != torch.uint8:
                 _check_pixel_range(pixel_values, *self._pixel_limits())
@@ -542,13 +595,55 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
         image_features = _features_of(image_outputs)
-        if input_ids is not None and kwargs.get("prompt_embeds") is None:
-            kwargs["prompt_embeds"] = self._embed_prompt(input_ids, image_features, kwargs.get("past_key_values"))
-        elif kwargs.get("inputs_embeds") is not None and image_features is not None:
-            kwargs["inputs_embeds"] = self._insert_images(None, kwargs["inputs_embeds"], image_features)
+        if embeds_alone:
+            if image_features is not None:
+                kwargs["inputs_embeds"] = self._insert_images(None, inputs_embeds, image_features)
+        elif input_ids is not None and kwargs.get("prompt_embeds") is None:
+            kwargs.pop("inputs_embeds", None)
+            kwargs["prompt_embeds"] = self._embed_prompt(
+                input_ids, inputs_embeds, image_features, kwargs.get("past_key_values")
+            )
         if not args and self._wants_static_cache(generation_config, kwargs):
             kwargs["cache_implementation"] = "static"
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _given_option(
+        self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
+    ) -> Callable[[str], Any]:
+        """Return a function from the name of an option to its value in the call, else in a config; None if not given."""
+        configs = (generation_config, self.generation_config)
+        sources = (kwargs, *(vars(config) for config in configs if config is not None))
+        return lambda name: next((source[name] for source in sources if source.get(name) is not None), None)
+
+    @staticmethod
+    def _check_generation(given: Callable[[str], Any], images: Mapping[str, Any], embeds_alone: bool) -> None:
+        """Raise for options that this model, or a prompt of this kind, cannot have.
+
+        Args:
+            given: see `_given_option`.
+            images: the arguments that bring images, None for those that are absent.
+            embeds_alone: whether the prompt is `inputs_embeds` without ids.
+
+        Raises:
+            ValueError: naming the option, the reason and what to do.
+        """
+        for name, reason in REFUSED_OPTIONS.items():
+            if given(name) is not None and given(name) is not False:
+                raise ValueError(f"generate does not support {name}={given(name)!r}: {reason}.")
+        brought = [name for name, value in images.items() if value is not None]
+        if len(brought) > 1:
+            raise ValueError(f"Pass either {' or '.join(brought)} to generate, not both.")
+        if brought and given("cache_implementation") == "paged":
+            raise ValueError(
+                "generate does not support cache_implementation='paged' for a prompt with images: continuous batching "
+                "takes ids alone. Leave it out, or serve the model with vLLM (docs/serving.md)."
+            )
+        unread = [name for name in OPTIONS_THAT_READ_IDS if given(name) is not None]
+        if embeds_alone and unread:
+            raise ValueError(
+                f"{', '.join(unread)} reads the ids of the prompt, but generate got inputs_embeds without them. Pass "
+                "the input_ids, one for each embedding, beside them."
+            )
 
     def _wants_static_cache(self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]) -> bool:
         """Say whether a generation names no cache, and transformers can compile it with a static one.
@@ -558,15 +653,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         get no static cache either: a CUDA graph belongs to the thread that recorded it, so a new thread for each
         answer would record it each time.
         """
-        sources = (
-            kwargs,
-            vars(generation_config) if generation_config is not None else {},
-            vars(self.generation_config),
-        )
-
-        def given(name: str) -> Any:
-            return next((source[name] for source in sources if source.get(name) is not None), None)
-
+        given = self._given_option(generation_config, kwargs)
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
         return (
             not self._is_on_several_devices
@@ -580,21 +667,35 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         )
 
     def _embed_prompt(
-        self, input_ids: torch.Tensor, image_features: torch.Tensor | None, past_key_values: Any | None
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None,
+        image_features: torch.Tensor | None,
+        past_key_values: Any | None,
     ) -> torch.Tensor | None:
-        """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if it has no images."""
+        """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
+
+        `inputs_embeds` are embeddings that the caller made of the ids; without features they stand for the prompt.
+        """
         num_cached = _num_cached(past_key_values)  # images in the cache are not given again
         if num_cached and num_cached >= input_ids.shape[1]:
             raise ValueError(
                 f"past_key_values holds {num_cached} positions, but input_ids has {input_ids.shape[1]} tokens. Pass "
                 "all ids of the conversation, the cached ones in front, and at least one new one."
             )
+        if inputs_embeds is None:
+            if image_features is None:
+                self._check_no_images(input_ids[:, num_cached:])
+                return None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is None:
-            self._check_no_images(input_ids[:, num_cached:])
-            return None
-        inputs_embeds = self.get_input_embeddings()(input_ids)
-        new_embeds = self._insert_images(input_ids[:, num_cached:], inputs_embeds[:, num_cached:], image_features)
-        return torch.cat([inputs_embeds[:, :num_cached], new_embeds], dim=1)
+            return inputs_embeds
+        # A caller may pass the images of the whole conversation again beside a cache that holds some of them.
+        start = num_cached
+        if num_cached and int((input_ids == self._image_token_id()).sum()) == len(image_features):
+            start = 0
+        new_embeds = self._insert_images(input_ids[:, start:], inputs_embeds[:, start:], image_features)
+        return torch.cat([inputs_embeds[:, :start], new_embeds], dim=1)
 
     def _tokens_left_after(self, prompt_length: int) -> int:
         """Return how many tokens the context window leaves for the answer to a prompt.
@@ -863,6 +964,32 @@ def _join_layers(layers_of_batches: Sequence[tuple[torch.Tensor, ...] | None]) -
     if layers_of_batches[0] is None:
         return None
     return tuple(_join(layer) for layer in zip(*layers_of_batches, strict=True))
+
+
+def _select_tiles(
+    name: str,
+    tiles: torch.Tensor,
+    num_patches: torch.Tensor | Sequence[int] | None,
+    image_flags: torch.Tensor | None,
+) -> tuple[torch.Tensor, list[int]]:
+    """Return the tiles whose flag is 1, without flags all, and how many of them belong to each image.
+
+    Args: `name` of the tiles for errors; the others as for `get_image_features`.
+
+    Raises:
+        ValueError: if `num_patches` does not add up to the tiles.
+    """
+    num_tiles = len(tiles)
+    tiles_per_image = [1] * num_tiles if num_patches is None else [int(own) for own in num_patches]
+    if sum(tiles_per_image) != num_tiles:
+        raise ValueError(
+            f"num_patches={tiles_per_image} counts {sum(tiles_per_image)} tiles, but {name} holds {num_tiles}. Pass "
+            "both as one processor call returned them."
+        )
+    if image_flags is None:
+        return tiles, tiles_per_image
+    flags = image_flags.flatten().to(tiles.device) == 1
+    return tiles[flags], [int(own.sum()) for own in flags.split(tiles_per_image)]
 
 
 def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) -> None:

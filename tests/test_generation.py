@@ -164,7 +164,10 @@ def test_forward_compiles_as_one_graph_with_everything_the_processor_returns(mod
     with torch.no_grad():
         compiled = torch.compile(model.forward, backend=graphs[0], fullgraph=True)
         torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
-    assert len(graphs[1]) == 1
+        assert len(graphs[1]) == 1
+        labels = batch["input_ids"]
+        torch.testing.assert_close(compiled(**batch, labels=labels).loss, model(**batch, labels=labels).loss)
+    assert len(graphs[1]) == 2
 
 
 def test_decoding_compiles_without_graph_breaks(tiny_checkpoint, processor, graphs):

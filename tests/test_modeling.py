@@ -112,12 +112,63 @@ def test_image_features_are_split_by_image(model, processor):
         model.get_image_features(features["pixel_values"], [1, 1])
 
 
-def test_loss_is_the_shifted_cross_entropy(model, processor):
-    batch = encode(processor, [ONE], [])
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+def text_alone(processor, labels: torch.Tensor) -> torch.Tensor:
+    """The labels without image tokens, `<img>` and `</img>`, which carry no loss."""
+    tokens = processor.tokenizer.convert_tokens_to_ids(["<image>", "<img>", "</img>"])
+    return labels.masked_fill(torch.isin(labels, torch.tensor(tokens)), -100)
+
+
+@pytest.mark.parametrize("collator", ["leaves all", "leaves <img> and </img>", "leaves little but image tokens"])
+def test_loss_is_the_shifted_cross_entropy_of_the_text(model, processor, collator):
+    """Whatever a collator leaves in the labels, tokens that write an image are not learned."""
+    batch = encode(processor, [ONE], [WIDE], [])
+    given = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    is_image = batch["input_ids"] == model.config.image_token_id
+    if collator == "leaves <img> and </img>":
+        given = given.masked_fill(is_image, -100)
+    if collator == "leaves little but image tokens":
+        given = given.masked_fill(~is_image & (given == text_alone(processor, given)), -100)
+        given[2, -3:] = batch["input_ids"][2, -3:]
+    labels, expected_labels = given.clone(), text_alone(processor, given)
     outputs = model(**batch, labels=labels)
-    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, expected_labels[:, 1:].flatten())
     torch.testing.assert_close(outputs.loss, expected)
+    assert torch.equal(labels, given)
+    ids = batch.pop("input_ids")
+    if collator == "leaves all":  # the embeddings alone do not name the tokens, but the labels do
+        embedded = model(**batch, inputs_embeds=model.get_input_embeddings()(ids), labels=labels)
+        torch.testing.assert_close(embedded.loss, expected)
+
+
+def test_labels_of_text_go_to_the_loss_as_they_are(model, processor, monkeypatch):
+    batch, seen = encode(processor, []), []
+    monkeypatch.setattr(type(model), "loss_function", lambda self, labels, **_: seen.append(labels))
+    labels = batch["input_ids"]
+    model(**batch, labels=labels)
+    assert seen[0] is labels
+
+
+def test_training_in_processes_runs_the_tower_without_images(model, processor, monkeypatch):
+    """DDP waits for the gradient of every weight, and FSDP for all processes; one process needs neither."""
+    batch, tiles = encode(processor, []), []
+    hook = model.vision_model.register_forward_hook(lambda *_: tiles.append(1))
+    loss = model.train()(**batch, labels=batch["input_ids"]).loss
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model.eval()(**batch)
+    assert tiles == []
+    flagged = {"pixel_values": torch.rand(1, 3, 64, 64), "image_flags": torch.zeros(1, 1)}  # InternVL's remedy
+    for images in ({}, flagged):
+        again = model.train()(**batch, **images, labels=batch["input_ids"])
+        assert again.loss == loss and again.image_hidden_states is None
+        again.loss.backward()
+        for part in (model.vision_tower, model.mlp1):
+            assert all(weight.grad is not None and not weight.grad.any() for weight in part.parameters())
+        model.zero_grad()
+    hook.remove()
+    model.eval()
+    assert tiles == [1, 1]
 
 
 def test_text_only_forward_needs_no_pixels(model, processor):
@@ -233,7 +284,7 @@ def test_adapters_inside_the_blocks_get_gradients_under_checkpointing(tiny_check
 def test_loss_of_accumulated_batches_counts_all_their_tokens(model, processor):
     batch = encode(processor, [ONE])
     mean = model(**batch, labels=batch["input_ids"]).loss
-    num_targets = batch["input_ids"].shape[1] - 1
+    num_targets = (text_alone(processor, batch["input_ids"])[:, 1:] != -100).sum()
     loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=2 * num_targets).loss
     torch.testing.assert_close(loss, mean / 2)
 
@@ -333,6 +384,43 @@ def test_embedded_prompts_take_images_too(model, processor):
     assert torch.equal(model.generate(inputs_embeds=embeds, **batch, **GREEDY), expected)
 
 
+def test_embeddings_beside_their_ids_are_the_prompt(model, processor):
+    """With pixels the images are put in; without, the embeddings hold them already, and the ids are a record."""
+    batch = encode(processor, [WIDE], [ONE])
+    expected = model.generate(**batch, **GREEDY)
+    ids = batch["input_ids"]
+    embeds = model.get_input_embeddings()(ids).detach()
+    given = embeds.clone()
+    for options in ({}, {"use_cache": False}):
+        assert torch.equal(model.generate(**batch, inputs_embeds=embeds, **options, **GREEDY), expected)
+    assert torch.equal(embeds, given)
+    features = torch.cat(model.get_image_features(batch.pop("pixel_values")).pooler_output)
+    finished = embeds.masked_scatter((ids == model.config.image_token_id)[..., None], features)
+    del batch["num_patches"]
+    assert torch.equal(model.generate(**batch, inputs_embeds=finished, **GREEDY), expected)
+    del batch["input_ids"]
+    assert torch.equal(model.generate(ids, **batch, inputs_embeds=finished, **GREEDY), expected)
+    others = torch.rand_like(finished)
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    first = model.generate(ids, **batch, inputs_embeds=finished, **scores, **GREEDY).scores[0]
+    assert not torch.allclose(model.generate(ids, **batch, inputs_embeds=others, **scores, **GREEDY).scores[0], first)
+    record = ids[:, :1]  # of another length: transformers puts it before the answer
+    out = model.generate(record, **batch, inputs_embeds=finished, **GREEDY)
+    assert torch.equal(out, torch.cat([record, expected[:, ids.shape[1] :]], 1))
+
+
+def test_images_may_come_in_one_way_only(model, processor):
+    batch = encode(processor, [ONE])
+    features = model.get_image_features(batch["pixel_values"])
+    with pytest.raises(ValueError, match="either pixel_values or visual_features"):
+        model.generate(**batch, visual_features=torch.rand(1, 4, 128))
+    with pytest.raises(ValueError, match="either pixel_values or visual_features"):
+        pixels = {"pixel_values": batch["pixel_values"], "visual_features": torch.rand(1, 4, 128)}
+        model.chat(processor, question="?", **pixels)
+    with pytest.raises(ValueError, match="either pixel_values or mm_encoder_outputs"):
+        model.generate(**batch, mm_encoder_outputs={"image": features})
+
+
 def test_projector_only_features_are_accepted(model, processor):
     batch = encode(processor, [WIDE])
     expected = model.generate(**batch, **GREEDY)
@@ -340,8 +428,14 @@ def test_projector_only_features_are_accepted(model, processor):
     hook = model.mlp1.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
     model.get_image_features(batch.pop("pixel_values"))
     hook.remove()
-    batch.pop("num_patches")
     assert torch.equal(model.generate(**batch, visual_features=merged[0], **GREEDY), expected)
+    padded = torch.cat([merged[0], torch.rand(1, *merged[0].shape[1:])])
+    flags = torch.arange(len(padded)) < len(merged[0])
+    batch["num_patches"] = [len(padded)]
+    assert torch.equal(model.generate(**batch, visual_features=padded, image_flags=flags, **GREEDY), expected)
+    batch["num_patches"] = [9]
+    with pytest.raises(ValueError, match=f"counts 9 tiles, but visual_features holds {len(padded)}"):
+        model.generate(**batch, visual_features=padded)
 
 
 def test_tower_runs_once_per_generation(model, processor):
@@ -361,6 +455,28 @@ def test_kept_cache_gives_the_answer_of_a_fresh_start(model, processor):
     kept = model.generate(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
     fresh = model.generate(input_ids=more, attention_mask=mask, pixel_values=batch["pixel_values"], **GREEDY)
     assert torch.equal(kept, fresh)
+
+
+def test_images_may_be_sent_again_beside_the_cache_that_holds_them(model, processor):
+    batch = encode(processor, [ONE], [WIDE])
+    start = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+    turn = encode(processor, [WIDE])
+    more = torch.cat([start.sequences, turn["input_ids"].expand(2, -1)], 1)
+    mask = torch.nn.functional.pad(
+        batch["attention_mask"], (0, more.shape[1] - batch["attention_mask"].shape[1]), value=1
+    )
+    new = turn["pixel_values"]
+    one, wide = batch["pixel_values"].split(batch["num_patches"].tolist())
+    for ids, pixels in (
+        (start.sequences, batch["pixel_values"]),
+        (more, torch.cat([one, new, wide, new])),
+    ):
+        prompt = {"input_ids": ids, "attention_mask": mask[:, : ids.shape[1]], "pixel_values": pixels}
+        kept = model.generate(**prompt, past_key_values=copy.deepcopy(start.past_key_values), **GREEDY)
+        assert torch.equal(kept, model.generate(**prompt, **GREEDY))
+    with pytest.raises(ValueError, match="image tokens, but the images give"):
+        prompt["pixel_values"] = one
+        model.generate(**prompt, past_key_values=start.past_key_values, **GREEDY)
 
 
 def test_a_kept_cache_takes_the_next_turns_image(model, processor):

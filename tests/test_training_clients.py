@@ -151,13 +151,33 @@ def test_trainer_trains_evaluates_and_saves(tiny_checkpoint, model, processor, b
     NemotronVLProcessor.from_pretrained(tmp_path / "saved")
 
 
+def run_twice(function: str, *arguments: str | Path) -> None:
+    """Run a function of two_processes.py in two processes that know of each other."""
+    script = f"import sys, tools; from tests.two_processes import {function}; {function}(*sys.argv[1:])"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    run(*launcher, sys.executable, "-c", script, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_process_without_images_trains_beside_one_with_images(tiny_checkpoint, processor, tmp_path, kind):
+    """DDP used to complain about weights without gradient, and FSDP2 aborted; the gradient is the mean of both."""
+    output = tmp_path / "gradients.safetensors"
+    run_twice("train_unevenly", kind, tiny_checkpoint, output)
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
+    for rank in range(2):
+        (model.train()(**two_processes.uneven_batch(processor, rank)).loss / 2).backward()
+    found = load_file(output)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.slow
 def test_two_processes_with_sharded_weights_train_like_one(tiny_checkpoint, processor, tmp_path):
     """accelerate's FSDP2 over gloo; see two_processes.py."""
-    script = "import sys, tools; from tests.two_processes import main; main(*sys.argv[1:])"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     output = tmp_path / "trained.safetensors"
-    run(*launcher, sys.executable, "-c", script, tiny_checkpoint, output)
+    run_twice("main", tiny_checkpoint, output)
     with safe_open(output, "pt") as file:
         found = file.metadata()
     weights = load_file(output)

@@ -1,9 +1,11 @@
-"""One of two processes that train a model in shards; started by test_training_clients.py.
+"""One of two processes that train a model; started by test_training_clients.py.
 
 accelerate offers FSDP2 to GPUs only: on a CPU, `AcceleratorState` keeps DistributedType.MULTI_CPU and drops the
 plugin. Setting the type by hand is the one thing done here that a GPU user does not do; everything after it is
 accelerate's own path: `prepare`, `backward`, and torch's `fully_shard` over gloo.
 """
+
+import datetime
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -12,8 +14,10 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
 from PIL import Image
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from training.conversations import Collator
 
@@ -44,6 +48,38 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: lis
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def uneven_batch(processor: NemotronVLProcessor, rank: int) -> dict[str, torch.Tensor]:
+    """A conversation with an image for the first process, one of text for the second."""
+    asked, answer = conversation(0)
+    if rank:
+        asked = {"role": "user", "content": asked["content"][1:]}
+    return Collator(processor, max_length=2048)([[asked, answer]])
+
+
+def train_unevenly(kind: str, checkpoint: str, output: str) -> None:
+    """Save the gradients of a step in which one process has an image and the other has none, as DDP or FSDP2 give them."""
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    rank = torch.distributed.get_rank()
+    model = Llama_Nemotron_Nano_VL.from_pretrained(checkpoint).train()
+    batch = uneven_batch(NemotronVLProcessor.from_pretrained(checkpoint), rank)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for module in list(model.modules()):
+            if type(module).__name__ in model._no_split_modules:
+                fully_shard(module, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    for _ in range(2):  # DDP complains in the second step about what the first left out
+        model.zero_grad()
+        wrapped(**batch).loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    gradients = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    if rank == 0:
+        save_file({name: grad.contiguous() for name, grad in gradients.items()}, output)
+    torch.distributed.destroy_process_group()
 
 
 def main(checkpoint: str, output: str) -> None:
