@@ -25,7 +25,7 @@ from tools.quantize import save as save_quantised
 from tools.tiny_checkpoint import make_tiny_checkpoint
 from training.conversations import IGNORE_INDEX, Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
-from training.finetune import Recipe, finetune, read_recipe
+from training.finetune import Recipe, finetune, read_recipe, training_arguments
 from training.trainer import LengthGroups
 
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
@@ -152,6 +152,13 @@ def test_lines_that_cannot_be_trained_on_are_refused_with_their_number(tmp_path,
         JsonLines(path)
 
 
+def test_a_file_that_is_no_image_is_refused_with_its_line(data, tmp_path):
+    (tmp_path / "page.png").write_text("no image")
+    shutil.copy(data, tmp_path)
+    with pytest.raises(ValueError, match=r"line 1: the image .*page\.png cannot be opened"):
+        JsonLines(tmp_path / "train.jsonl").outline(0)
+
+
 def test_lengths_are_known_before_images_are_opened(processor, data):
     dataset = JsonLines(data)
     exact = [Collator(processor, 2048)([dataset[index]])["input_ids"].shape[1] for index in range(len(dataset))]
@@ -162,7 +169,7 @@ def test_lengths_are_known_before_images_are_opened(processor, data):
 def test_long_conversations_are_refused_with_both_numbers(processor, data):
     with pytest.raises(ValueError, match=r"\d+ tokens, more than max_length=5"):
         Collator(processor, max_length=5)([JsonLines(data)[0]])
-    with pytest.raises(ValueError, match=r"Conversation 0 has about \d+ tokens, \d+ of them .* max_length=5"):
+    with pytest.raises(ValueError, match=r"jsonl, line 1 has about \d+ tokens, \d+ of them .* max_length=5"):
         lengths_of([JsonLines(data).outline(0)], processor, max_length=5)
 
 
@@ -253,6 +260,39 @@ def test_another_recipe_does_not_go_on_with_a_run(whole, checkpoint, data):
         finetune(recipe(checkpoint, data, whole, train=["language"]))
 
 
+BROKEN_LINE = "the fourth line is cut off"
+MISTAKES = {
+    "a wrong data path": {"data": "nowhere.jsonl"},
+    "a broken JSON line": {"data": BROKEN_LINE},
+    "a conversation that is too long": {"max_length": 5},
+    "a wrong model path": {"model": "nowhere/model"},
+    "an unknown trainer key": {"trainer": {"learn_rate": 1.0}},
+    "a trainer value that is none": {"trainer": {"lr_scheduler_type": "cosin"}},
+    "bf16 refused": {"trainer": {"bf16": True, "use_cpu": False}},
+    "an optimizer that is not installed": {"trainer": {"optim": "apollo_adamw"}},
+    "an unknown LoRA key": {"lora": {"rank": 4}},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_failed_run_does_not_block_its_output_folder(checkpoint, data, tmp_path, mistake):
+    if "lora" in MISTAKES[mistake]:
+        pytest.importorskip("peft", reason="pip install peft")
+    output, changes = tmp_path / "out", dict(MISTAKES[mistake])
+    if changes.get("data") == BROKEN_LINE:
+        lines = data.read_text().splitlines()
+        changes["data"] = data.with_name("broken.jsonl")
+        changes["data"].write_text("\n".join([*lines[:3], lines[3][:40]]))
+    mistaken = recipe(
+        changes.pop("model", checkpoint), changes.pop("data", data), output, **{"trainer": {"max_steps": 1}, **changes}
+    )
+    with pytest.raises((ValueError, OSError, ImportError)):
+        finetune(mistaken)
+    if mistake != "an optimizer that is not installed":  # found when training begins
+        assert not output.exists()
+    assert finetune(recipe(checkpoint, data, output, trainer={"max_steps": 1})) == output
+
+
 @pytest.mark.parametrize("part", ["tower", "projector", "language"])
 def test_frozen_parts_stay(checkpoint, data, tmp_path, part):
     output = finetune(recipe(checkpoint, data, tmp_path, train=[part], trainer={"max_steps": 1}))
@@ -295,12 +335,16 @@ def test_every_recipe_runs(path, checkpoint, data, tmp_path):
 
 
 def test_wrong_recipes_are_refused():
-    with pytest.raises(ValueError, match="unknown keys: learn_rate"):
+    with pytest.raises(ValueError, match=r"unknown key learn_rate; .* Did you mean learning_rates\?"):
         read_recipe(RECIPES[0], ["learn_rate=1"])
     with pytest.raises(ValueError, match="KEY=VALUE, got 'train'"):
         read_recipe(RECIPES[0], ["train"])
     with pytest.raises(ValueError, match="the recipe names eyes"):
         read_recipe(RECIPES[0], ["train=[eyes]"])
+    with pytest.raises(ValueError, match="dtype is one of float32, .*, got 'float33'"):
+        read_recipe(RECIPES[0], ["dtype=float33"])
+    with pytest.raises(ValueError, match=r"unknown key learn_rate; .* Did you mean learning_rate\?"):
+        training_arguments(read_recipe(RECIPES[0], ["trainer.learn_rate=1"]))
     with pytest.raises(ValueError, match="Quantised weights cannot learn; add `lora`"):
         read_recipe(RECIPES[0], ["quantize=nf4", "lora={}"])
 
