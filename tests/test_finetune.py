@@ -5,8 +5,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,11 @@ from tools.tiny_checkpoint import make_tiny_checkpoint
 from training.conversations import IGNORE_INDEX, Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
 from training.finetune import Recipe, finetune, read_recipe, training_arguments
-from training.trainer import LengthGroups
+from training.trainer import LengthGroups, StopOnSignal
 
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 LORA = {"r": 4, "lora_alpha": 8}
+MODULE = "training.finetune"
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,77 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(whole, checkpoint, d
     assert (resumed / "loss.csv").read_text() == (whole / "loss.csv").read_text()
 
 
+def start(settings: Recipe, folder: Path, *program: str) -> subprocess.Popen:
+    """Run a recipe in a process of its own, which reports every step."""
+    (folder / "settings.json").write_text(json.dumps(vars(settings)))  # JSON is YAML
+    command = [sys.executable, "-u", *(program or ("-m", MODULE)), folder / "settings.json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def stop_after_a_step(process: subprocess.Popen, send: Callable[[], None]) -> str:
+    """Send a signal when the first step has been logged, and return the output up to the end of the process."""
+    said = ""
+    for line in process.stdout:
+        if "'loss'" in line and "'loss'" not in said:
+            send()
+        said += line
+    process.wait()
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (143,))])
+def test_a_signal_before_the_first_checkpoint_loses_nothing(checkpoint, data, tmp_path, number, status):
+    steps = {"max_steps": 60, "save_steps": 1000, "logging_steps": 1}
+    broken = recipe(checkpoint, data, tmp_path / "broken", trainer=steps)
+    process = start(broken, tmp_path)
+    said = stop_after_a_step(process, lambda: process.send_signal(number))
+    assert process.returncode in status, said
+    (line,) = [line for line in said.splitlines() if line.startswith("Stopped at step ")]
+    step = int(line.split()[3])
+    assert line.startswith(f"Stopped at step {step} of 60 with a checkpoint in ")
+    assert line.endswith("the same command goes on from there.") and 0 < step < 60
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == [f"checkpoint-{step}"]
+    resumed = finetune(broken)
+    unbroken = finetune(recipe(checkpoint, data, tmp_path / "whole", trainer=steps))
+    assert_same_weights(resumed, unbroken)
+    assert (resumed / "loss.csv").read_text() == (unbroken / "loss.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step(checkpoint, data, tmp_path):
+    broken = recipe(checkpoint, data, tmp_path / "broken", trainer=PLAIN | {"max_steps": 200, "save_steps": 1000})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", MODULE)
+    process = start(broken, tmp_path, *launcher)
+    said = stop_after_a_step(process, lambda: os.killpg(process.pid, signal.SIGINT))  # as a terminal does
+    assert said.count("Stopped at step ") == 1, said
+    assert process.returncode and len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 1
+
+
+def test_a_signal_is_handled_as_before_when_training_is_over(checkpoint, data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    finetune(recipe(checkpoint, data, tmp_path, trainer={"max_steps": 1}))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    stop = StopOnSignal()
+    with stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same press, passed on by a launcher
+        stop.received_at -= 2 * StopOnSignal.SAME_PRESS_S
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_recipes_save_several_times_in_a_short_run():
+    for name in ("nano", "lora-nano", "lora-8b"):
+        trainer = read_recipe(ROOT / "training" / "recipes" / f"{name}.yaml", []).trainer
+        assert trainer["save_steps"] <= 0.1  # a share of all steps
+
+
 def test_another_recipe_does_not_go_on_with_a_run(whole, checkpoint, data):
     with pytest.raises(ValueError, match="run by another recipe; different are train, max_shard_size"):
         finetune(recipe(checkpoint, data, whole, train=["language"]))
@@ -400,7 +474,6 @@ def test_adapters_learn_over_quantised_weights(checkpoint, data, tmp_path, how):
 
 # --- several processes ---
 
-MODULE = "training.finetune"
 FOUR = {"per_device_train_batch_size": 4}
 # Adam turns rounding into steps where a gradient is zero in truth, as that of a key's bias.
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1.0}

@@ -8,8 +8,8 @@
         -m training.finetune training/recipes/stage-2-instruction.yaml
 
 A recipe is a flat YAML file; its keys are the fields of `Recipe`, and everything under `trainer` goes to transformers'
-`TrainingArguments`. Nothing is written before all of it is checked: options, packages, conversations and model. An
-interrupted run resumes from its last checkpoint when the command is repeated.
+`TrainingArguments`. Nothing is written before all of it is checked: options, packages, conversations and model. Ctrl-C
+and SIGTERM save a checkpoint; an interrupted run resumes from its last one when the command is repeated.
 The result in `output` loads through AutoModel; `loss.csv` lies beside it, `loss.png` if matplotlib is installed, and
 logs for TensorBoard if that is. Adapters are merged into the result and also kept in `output/adapter`.
 """
@@ -17,6 +17,7 @@ logs for TensorBoard if that is. Adapters are merged into the result and also ke
 import argparse
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.integrations import is_tensorboard_available
 from tools.chat import load
 from training.conversations import Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
-from training.trainer import PARTS, LossLog, PartsTrainer, last_whole_checkpoint, part_of
+from training.trainer import PARTS, LossLog, PartsTrainer, StopOnSignal, last_whole_checkpoint, part_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -208,7 +209,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def finetune(recipe: Recipe) -> Path:
-    """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result."""
+    """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result.
+
+    Raises:
+        KeyboardInterrupt: after a Ctrl-C, which saves a checkpoint.
+        SystemExit: after a SIGTERM, which does the same; the status is 143, as shells count.
+    """
     output = Path(recipe.output)
     check_output(recipe)
     arguments = training_arguments(recipe)
@@ -220,6 +226,7 @@ def finetune(recipe: Recipe) -> Path:
     set_seed(arguments.seed)  # all processes initialise the adapters alike
     model, processor = load_for_training(recipe)
     lengths = lengths_of(outlines, processor, recipe.max_length)
+    stop = StopOnSignal()
     trainer = PartsTrainer(
         model=model,
         args=arguments,
@@ -227,14 +234,27 @@ def finetune(recipe: Recipe) -> Path:
         data_collator=Collator(
             processor, recipe.max_length, always_images=any(outline.image_sizes for outline in outlines)
         ),
-        callbacks=[LossLog(output)],
+        callbacks=[LossLog(output), stop],
         learning_rates=recipe.learning_rates,
         lengths=lengths if recipe.group_by_length else None,
     )
     claim(recipe)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(arguments.output_dir)))
+    checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
+    is_first = trainer.is_world_process_zero()
+    if checkpoint and is_first:
+        print(f"Going on from {checkpoint}.", flush=True)
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.step:
+        if is_first:
+            print(
+                f"Stopped at step {stop.step} of {trainer.state.max_steps} with a checkpoint in {arguments.output_dir}; "
+                "the same command goes on from there.",
+                flush=True,
+            )
+        raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
+    if is_first:
         if recipe.lora:
             trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
                 output / "adapter", state_dict=state
