@@ -5,8 +5,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,11 +27,12 @@ from tools.quantize import save as save_quantised
 from tools.tiny_checkpoint import make_tiny_checkpoint
 from training.conversations import IGNORE_INDEX, Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
-from training.finetune import Recipe, finetune, read_recipe
-from training.trainer import LengthGroups
+from training.finetune import Recipe, finetune, read_recipe, training_arguments
+from training.trainer import LengthGroups, StopOnSignal
 
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 LORA = {"r": 4, "lora_alpha": 8}
+MODULE = "training.finetune"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,13 @@ def test_lines_that_cannot_be_trained_on_are_refused_with_their_number(tmp_path,
         JsonLines(path)
 
 
+def test_a_file_that_is_no_image_is_refused_with_its_line(data, tmp_path):
+    (tmp_path / "page.png").write_text("no image")
+    shutil.copy(data, tmp_path)
+    with pytest.raises(ValueError, match=r"line 1: the image .*page\.png cannot be opened"):
+        JsonLines(tmp_path / "train.jsonl").outline(0)
+
+
 def test_lengths_are_known_before_images_are_opened(processor, data):
     dataset = JsonLines(data)
     exact = [Collator(processor, 2048)([dataset[index]])["input_ids"].shape[1] for index in range(len(dataset))]
@@ -162,7 +172,7 @@ def test_lengths_are_known_before_images_are_opened(processor, data):
 def test_long_conversations_are_refused_with_both_numbers(processor, data):
     with pytest.raises(ValueError, match=r"\d+ tokens, more than max_length=5"):
         Collator(processor, max_length=5)([JsonLines(data)[0]])
-    with pytest.raises(ValueError, match=r"Conversation 0 has about \d+ tokens, \d+ of them .* max_length=5"):
+    with pytest.raises(ValueError, match=r"jsonl, line 1 has about \d+ tokens, \d+ of them .* max_length=5"):
         lengths_of([JsonLines(data).outline(0)], processor, max_length=5)
 
 
@@ -248,9 +258,113 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(whole, checkpoint, d
     assert (resumed / "loss.csv").read_text() == (whole / "loss.csv").read_text()
 
 
+def start(settings: Recipe, folder: Path, *program: str) -> subprocess.Popen:
+    """Run a recipe in a process of its own, which reports every step."""
+    (folder / "settings.json").write_text(json.dumps(vars(settings)))  # JSON is YAML
+    command = [sys.executable, "-u", *(program or ("-m", MODULE)), folder / "settings.json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+def stop_after_a_step(process: subprocess.Popen, send: Callable[[], None]) -> str:
+    """Send a signal when the first step has been logged, and return the output up to the end of the process."""
+    said = ""
+    for line in process.stdout:
+        if "'loss'" in line and "'loss'" not in said:
+            send()
+        said += line
+    process.wait()
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (143,))])
+def test_a_signal_before_the_first_checkpoint_loses_nothing(checkpoint, data, tmp_path, number, status):
+    steps = {"max_steps": 60, "save_steps": 1000, "logging_steps": 1}
+    broken = recipe(checkpoint, data, tmp_path / "broken", trainer=steps)
+    process = start(broken, tmp_path)
+    said = stop_after_a_step(process, lambda: process.send_signal(number))
+    assert process.returncode in status, said
+    (line,) = [line for line in said.splitlines() if line.startswith("Stopped at step ")]
+    step = int(line.split()[3])
+    assert line.startswith(f"Stopped at step {step} of 60 with a checkpoint in ")
+    assert line.endswith("the same command goes on from there.") and 0 < step < 60
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == [f"checkpoint-{step}"]
+    resumed = finetune(broken)
+    unbroken = finetune(recipe(checkpoint, data, tmp_path / "whole", trainer=steps))
+    assert_same_weights(resumed, unbroken)
+    assert (resumed / "loss.csv").read_text() == (unbroken / "loss.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step(checkpoint, data, tmp_path):
+    broken = recipe(checkpoint, data, tmp_path / "broken", trainer=PLAIN | {"max_steps": 200, "save_steps": 1000})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", MODULE)
+    process = start(broken, tmp_path, *launcher)
+    said = stop_after_a_step(process, lambda: os.killpg(process.pid, signal.SIGINT))  # as a terminal does
+    assert said.count("Stopped at step ") == 1, said
+    assert process.returncode and len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 1
+
+
+def test_a_signal_is_handled_as_before_when_training_is_over(checkpoint, data, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    finetune(recipe(checkpoint, data, tmp_path, trainer={"max_steps": 1}))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    stop = StopOnSignal()
+    with stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same press, passed on by a launcher
+        stop.received_at -= 2 * StopOnSignal.SAME_PRESS_S
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_recipes_save_several_times_in_a_short_run():
+    for name in ("nano", "lora-nano", "lora-8b"):
+        trainer = read_recipe(ROOT / "training" / "recipes" / f"{name}.yaml", []).trainer
+        assert trainer["save_steps"] <= 0.1  # a share of all steps
+
+
 def test_another_recipe_does_not_go_on_with_a_run(whole, checkpoint, data):
     with pytest.raises(ValueError, match="run by another recipe; different are train, max_shard_size"):
         finetune(recipe(checkpoint, data, whole, train=["language"]))
+
+
+BROKEN_LINE = "the fourth line is cut off"
+MISTAKES = {
+    "a wrong data path": {"data": "nowhere.jsonl"},
+    "a broken JSON line": {"data": BROKEN_LINE},
+    "a conversation that is too long": {"max_length": 5},
+    "a wrong model path": {"model": "nowhere/model"},
+    "an unknown trainer key": {"trainer": {"learn_rate": 1.0}},
+    "a trainer value that is none": {"trainer": {"lr_scheduler_type": "cosin"}},
+    "bf16 refused": {"trainer": {"bf16": True, "use_cpu": False}},
+    "an optimizer that is not installed": {"trainer": {"optim": "apollo_adamw"}},
+    "an unknown LoRA key": {"lora": {"rank": 4}},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_failed_run_does_not_block_its_output_folder(checkpoint, data, tmp_path, mistake):
+    if "lora" in MISTAKES[mistake]:
+        pytest.importorskip("peft", reason="pip install peft")
+    output, changes = tmp_path / "out", dict(MISTAKES[mistake])
+    if changes.get("data") == BROKEN_LINE:
+        lines = data.read_text().splitlines()
+        changes["data"] = data.with_name("broken.jsonl")
+        changes["data"].write_text("\n".join([*lines[:3], lines[3][:40]]))
+    mistaken = recipe(
+        changes.pop("model", checkpoint), changes.pop("data", data), output, **{"trainer": {"max_steps": 1}, **changes}
+    )
+    with pytest.raises((ValueError, OSError, ImportError)):
+        finetune(mistaken)
+    if mistake != "an optimizer that is not installed":  # found when training begins
+        assert not output.exists()
+    assert finetune(recipe(checkpoint, data, output, trainer={"max_steps": 1})) == output
 
 
 @pytest.mark.parametrize("part", ["tower", "projector", "language"])
@@ -295,12 +409,16 @@ def test_every_recipe_runs(path, checkpoint, data, tmp_path):
 
 
 def test_wrong_recipes_are_refused():
-    with pytest.raises(ValueError, match="unknown keys: learn_rate"):
+    with pytest.raises(ValueError, match=r"unknown key learn_rate; .* Did you mean learning_rates\?"):
         read_recipe(RECIPES[0], ["learn_rate=1"])
     with pytest.raises(ValueError, match="KEY=VALUE, got 'train'"):
         read_recipe(RECIPES[0], ["train"])
     with pytest.raises(ValueError, match="the recipe names eyes"):
         read_recipe(RECIPES[0], ["train=[eyes]"])
+    with pytest.raises(ValueError, match="dtype is one of float32, .*, got 'float33'"):
+        read_recipe(RECIPES[0], ["dtype=float33"])
+    with pytest.raises(ValueError, match=r"unknown key learn_rate; .* Did you mean learning_rate\?"):
+        training_arguments(read_recipe(RECIPES[0], ["trainer.learn_rate=1"]))
     with pytest.raises(ValueError, match="Quantised weights cannot learn; add `lora`"):
         read_recipe(RECIPES[0], ["quantize=nf4", "lora={}"])
 
@@ -356,7 +474,6 @@ def test_adapters_learn_over_quantised_weights(checkpoint, data, tmp_path, how):
 
 # --- several processes ---
 
-MODULE = "training.finetune"
 FOUR = {"per_device_train_batch_size": 4}
 # Adam turns rounding into steps where a gradient is zero in truth, as that of a key's bias.
 PLAIN = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1.0}

@@ -29,11 +29,13 @@ class Outline(NamedTuple):
         text: roles and texts of all messages.
         image_sizes: (height, width) of each image in pixels.
         num_messages: number of messages.
+        name: what errors call the conversation.
     """
 
     text: str
     image_sizes: list[tuple[int, int]]
     num_messages: int
+    name: str
 
 
 class JsonLines(Dataset):
@@ -44,13 +46,17 @@ class JsonLines(Dataset):
     """
 
     def __init__(self, path: Path):
+        if not path.is_file():
+            raise ValueError(f"The data {path} is no file; give a file of JSON lines, or `documents` for drawn ones.")
         self.conversations: list[list[Message]] = []
+        self.names: list[str] = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if line.strip():
                 try:
                     self.conversations.append(read_conversation(json.loads(line), path.parent))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
+                self.names.append(f"{path}, line {number}")
         if not self.conversations:
             raise ValueError(f"{path} holds no conversation; write one JSON object with `messages` a line.")
 
@@ -61,15 +67,22 @@ class JsonLines(Dataset):
         return self.conversations[index]
 
     def outline(self, index: int) -> Outline:
-        """Return the outline of a conversation; of its images only the headers are read."""
+        """Return the outline of a conversation; of its images only the headers are read.
+
+        Raises:
+            ValueError: for a file that is no image.
+        """
         texts, sizes = [], []
         for message in self.conversations[index]:
             text, images = flatten_content(message["content"])
             texts.append(message["role"] + text)
             for image in images:
-                with Image.open(image) as opened:
-                    sizes.append(opened.size[::-1])
-        return Outline("".join(texts), sizes, len(texts))
+                try:
+                    with Image.open(image) as opened:
+                        sizes.append(opened.size[::-1])
+                except OSError as error:
+                    raise ValueError(f"{self.names[index]}: the image {image} cannot be opened. {error}") from error
+        return Outline("".join(texts), sizes, len(texts), self.names[index])
 
 
 def read_conversation(entry: Any, folder: Path) -> list[Message]:
@@ -118,13 +131,13 @@ def lengths_of(outlines: Iterable[Outline], processor: Any, max_length: int) -> 
     """
     frame = len(processor.tokenizer(FRAME, add_special_tokens=False).input_ids)
     lengths = []
-    for index, outline in enumerate(outlines):
+    for outline in outlines:
         words = len(processor.tokenizer(outline.text, add_special_tokens=False).input_ids)
         images = [processor.image_processor.get_number_of_image_tokens(*size) + 2 for size in outline.image_sizes]
         lengths.append(1 + words + sum(images) + frame * outline.num_messages)
         if lengths[-1] > max_length:
             raise ValueError(
-                f"Conversation {index} has about {lengths[-1]} tokens, {sum(images)} of them for images; more than "
+                f"{outline.name} has about {lengths[-1]} tokens, {sum(images)} of them for images; more than "
                 f"max_length={max_length}. Raise max_length, or lower max_num_tiles in the recipe."
             )
     return lengths

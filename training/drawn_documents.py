@@ -48,4 +48,4 @@ class DrawnDocuments(Dataset):
             for page, style in zip(conversation.documents, styles, strict=True)
         ]
         text = "".join(f"user{turn.question}assistant{turn.answer}" for turn in conversation.turns)
-        return Outline(text, sizes, 2 * len(conversation.turns))
+        return Outline(text, sizes, 2 * len(conversation.turns), f"The drawn document {index}")

@@ -8,7 +8,8 @@
         -m training.finetune training/recipes/stage-2-instruction.yaml
 
 A recipe is a flat YAML file; its keys are the fields of `Recipe`, and everything under `trainer` goes to transformers'
-`TrainingArguments`. An interrupted run resumes from its last checkpoint when the command is repeated.
+`TrainingArguments`. Nothing is written before all of it is checked: options, packages, conversations and model. Ctrl-C
+and SIGTERM save a checkpoint; an interrupted run resumes from its last one when the command is repeated.
 The result in `output` loads through AutoModel; `loss.csv` lies beside it, `loss.png` if matplotlib is installed, and
 logs for TensorBoard if that is. Adapters are merged into the result and also kept in `output/adapter`.
 """
@@ -16,7 +17,9 @@ logs for TensorBoard if that is. Adapters are merged into the result and also ke
 import argparse
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ from transformers.integrations import is_tensorboard_available
 from tools.chat import load
 from training.conversations import Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
-from training.trainer import PARTS, LossLog, PartsTrainer, last_whole_checkpoint, part_of
+from training.trainer import PARTS, LossLog, PartsTrainer, StopOnSignal, last_whole_checkpoint, part_of
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -75,6 +80,8 @@ class Recipe:
             raise ValueError(
                 f"A model has the parts {', '.join(PARTS)}; the recipe names {', '.join(sorted(unknown))}."
             )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.quantize not in (None, "nf4"):
             raise ValueError(f"quantize is nf4 or nothing, got {self.quantize!r}.")
         if self.quantize and not self.lora:
@@ -91,10 +98,25 @@ def read_recipe(path: Path, changes: list[str]) -> Recipe:
         group, _, name = key.rpartition(".")
         target = settings.setdefault(group, {}) if group else settings
         target[name] = yaml.safe_load(value)
-    unknown = settings.keys() - {entry.name for entry in fields(Recipe)}
-    if unknown:
-        raise ValueError(f"{path} has unknown keys: {', '.join(sorted(unknown))}.")
+    check_keys(settings, Recipe, str(path))
+    missing = {"model", "output"} - settings.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {' and '.join(sorted(missing))}; add it, or --set it.")
     return Recipe(**settings)
+
+
+def check_keys(settings: dict[str, Any], kind: type, name: str) -> None:
+    """Refuse settings that are no fields of the dataclass `kind`.
+
+    Raises:
+        ValueError: with the unknown key, and the known one that resembles it.
+    """
+    known = [entry.name for entry in fields(kind) if entry.init]
+    for key in settings:
+        if key not in known:
+            similar = get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {similar[0]}?" if similar else ""
+            raise ValueError(f"{name} has the unknown key {key}; it takes the fields of {kind.__name__}.{hint}")
 
 
 def load_for_training(recipe: Recipe) -> tuple[nn.Module, Any]:
@@ -118,22 +140,42 @@ def load_for_training(recipe: Recipe) -> tuple[nn.Module, Any]:
 
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Freeze the model and give the linear layers of the parts that learn LoRA adapters."""
-    from peft import LoraConfig, get_peft_model  # an optional package
+    from peft import get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     wanted = [name for name in linear if not name.endswith("lm_head") and part_of(name) in recipe.train]
-    return get_peft_model(model, LoraConfig(**{"target_modules": wanted, **recipe.lora}))
+    return get_peft_model(model, adapter_config(recipe, target_modules=wanted))
 
 
-def claim(output: Path, recipe: Recipe) -> None:
-    """Write the recipe into `output`, so that the run can be resumed and understood.
+def adapter_config(recipe: Recipe, **defaults: Any) -> Any:
+    """Return the `peft.LoraConfig` of a recipe.
 
     Raises:
-        ValueError: if a run by another recipe lies there.
+        ImportError: with the command that installs peft.
+        ValueError: for an argument that LoRA does not have.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    path, settings = output / "recipe.json", json.loads(json.dumps(asdict(recipe)))
-    if path.exists():
+    try:
+        from peft import LoraConfig  # an optional package
+    except ImportError as error:
+        raise ImportError(f"LoRA adapters need peft: pip install peft. {error}") from error
+    check_keys(recipe.lora, LoraConfig, "lora")
+    return LoraConfig(**{**defaults, **recipe.lora})
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as it is written to `recipe.json`."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def check_output(recipe: Recipe) -> None:
+    """Refuse to mix a run into that of another recipe.
+
+    Raises:
+        ValueError: if `output` holds a checkpoint or a result of another recipe.
+    """
+    output = Path(recipe.output)
+    path, settings = output / "recipe.json", settings_of(recipe)
+    if path.exists() and (last_whole_checkpoint(output / "checkpoints") or (output / "config.json").exists()):
         other = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key in settings if settings[key] != other.get(key) and key != "output"]
         if changed:
@@ -141,27 +183,50 @@ def claim(output: Path, recipe: Recipe) -> None:
                 f"{output} holds a run by another recipe; different are {', '.join(changed)}. Go on with its own "
                 f"recipe ({path}), or choose another output."
             )
+
+
+def claim(recipe: Recipe) -> None:
+    """Write the recipe into `output`, so that the run can be resumed and understood."""
+    path = Path(recipe.output) / "recipe.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_suffix(f".{os.getpid()}")
-    own.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    own.write_text(json.dumps(settings_of(recipe), indent=1) + "\n", encoding="utf-8")
     own.replace(path)
 
 
-def finetune(recipe: Recipe) -> Path:
-    """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result."""
-    output = Path(recipe.output)
-    claim(output, recipe)
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Return the arguments of the trainer.
+
+    Raises:
+        ValueError: for one that the trainer does not have, or that this machine cannot do, as bf16.
+    """
+    check_keys(recipe.trainer, TrainingArguments, "trainer")
     options: dict[str, Any] = {"report_to": ["tensorboard"] if is_tensorboard_available() else []}
     if recipe.trainer.get("gradient_checkpointing"):  # reentrant checkpointing skips blocks with frozen inputs
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"), remove_unused_columns=False, **{**options, **recipe.trainer}
-    )
-    set_seed(arguments.seed)  # all processes initialise the adapters alike
-    model, processor = load_for_training(recipe)
+    options |= {"output_dir": str(Path(recipe.output) / "checkpoints"), "remove_unused_columns": False}
+    return TrainingArguments(**{**options, **recipe.trainer})
+
+
+def finetune(recipe: Recipe) -> Path:
+    """Train by a recipe, from where an earlier run of it stopped, and return the directory of the result.
+
+    Raises:
+        KeyboardInterrupt: after a Ctrl-C, which saves a checkpoint.
+        SystemExit: after a SIGTERM, which does the same; the status is 143, as shells count.
+    """
+    output = Path(recipe.output)
+    check_output(recipe)
+    arguments = training_arguments(recipe)
+    if recipe.lora:
+        adapter_config(recipe)
     is_drawn = recipe.data == "documents"
     dataset = DrawnDocuments(recipe.num_documents) if is_drawn else JsonLines(Path(recipe.data))
     outlines = [dataset.outline(index) for index in range(len(dataset))]
+    set_seed(arguments.seed)  # all processes initialise the adapters alike
+    model, processor = load_for_training(recipe)
     lengths = lengths_of(outlines, processor, recipe.max_length)
+    stop = StopOnSignal()
     trainer = PartsTrainer(
         model=model,
         args=arguments,
@@ -169,13 +234,27 @@ def finetune(recipe: Recipe) -> Path:
         data_collator=Collator(
             processor, recipe.max_length, always_images=any(outline.image_sizes for outline in outlines)
         ),
-        callbacks=[LossLog(output)],
+        callbacks=[LossLog(output), stop],
         learning_rates=recipe.learning_rates,
         lengths=lengths if recipe.group_by_length else None,
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(arguments.output_dir)))
+    claim(recipe)
+    checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
+    is_first = trainer.is_world_process_zero()
+    if checkpoint and is_first:
+        print(f"Going on from {checkpoint}.", flush=True)
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.step:
+        if is_first:
+            print(
+                f"Stopped at step {stop.step} of {trainer.state.max_steps} with a checkpoint in {arguments.output_dir}; "
+                "the same command goes on from there.",
+                flush=True,
+            )
+        raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.is_world_process_zero():
+    if is_first:
         if recipe.lora:
             trainer.accelerator.unwrap_model(trainer.model_wrapped).save_pretrained(
                 output / "adapter", state_dict=state

@@ -6,12 +6,15 @@ A run's result depends on its seed and step alone, so that an interrupted run re
 import csv
 import json
 import random
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
@@ -113,6 +116,48 @@ class EpochOf(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training with a checkpoint after the step in which Ctrl-C (SIGINT) or SIGTERM came.
+
+    Signals are caught inside a `with` block, in the main thread. All processes stop after the same step, even if the
+    signal reached only one of them. A second Ctrl-C ends at once, without a checkpoint.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SAME_PRESS_S = 1.0  # a launcher passes on the Ctrl-C that the terminal has already sent to its processes
+
+    def __init__(self):
+        self.signal = 0  # what came, 0 for nothing
+        self.received_at = 0.0
+        self.step = 0  # after which training stopped
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to set handlers
+            self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.signal and number == signal.SIGINT and time.monotonic() - self.received_at > self.SAME_PRESS_S:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.received_at = number, time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            agreed = torch.tensor(self.signal, device=args.device)
+            distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+            self.signal = int(agreed)
+        if self.signal and state.global_step < state.max_steps:
+            self.step = state.global_step
+            # The mean loss since the last row of the log is in no checkpoint, so it is logged now.
+            control.should_log = control.should_save = control.should_training_stop = True
 
 
 class LossLog(TrainerCallback):
