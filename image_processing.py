@@ -341,7 +341,7 @@ def _decode_file(source: Any) -> Image.Image:
     position = None
     if isinstance(file, (str, os.PathLike)):
         if not os.path.isfile(file):  # a pipe or device would never end
-            raise ValueError("there is no such file")
+            raise ValueError("it is a directory" if os.path.isdir(file) else "there is no such file")
     elif hasattr(file, "read"):
         if not isinstance(file.read(0), bytes):
             raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")

@@ -11,6 +11,7 @@ allocator's rounding, workspaces of the libraries, the CUDA context (about half 
 It needs transformers 5: version 4 opens an autocast for rotary positions, which the meta device does not have.
 """
 
+import argparse
 import math
 import weakref
 from collections.abc import Callable
@@ -144,6 +145,7 @@ def count(member: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     for member in MEMBERS:
         counted = count(member)

@@ -13,6 +13,7 @@ fails none and skips 93; 4.57.6 passes 88 and 3, fails none and skips 96. Skippe
 deepspeed, torchvision, librosa or the network, videos and audio, mixtures of experts, and `NOT_FOR_US`.
 """
 
+import argparse
 import importlib
 import os
 import sys
@@ -36,10 +37,13 @@ import tests
 from tools.tiny_checkpoint import make_tokenizer
 
 if __name__ == "__main__":  # pytest imports this file again, and then knows where the suites lie
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    os.environ["TRANSFORMERS_CHECKOUT"] = sys.argv[1]
-    sys.exit(pytest.main(["-q", "-o", "addopts=", "-W", "ignore", *sys.argv[2:], __file__]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path, metavar="CHECKOUT", help="the sources of the installed transformers")
+    arguments, others = parser.parse_known_args()
+    if not (arguments.checkout / "tests").is_dir():
+        parser.error(f"{arguments.checkout} holds no folder `tests`, so it is not transformers' sources.")
+    os.environ["TRANSFORMERS_CHECKOUT"] = str(arguments.checkout)
+    sys.exit(pytest.main(["-q", "-o", "addopts=", "-W", "ignore", *others, __file__]))
 
 CHECKOUT = Path(os.environ.get("TRANSFORMERS_CHECKOUT", "."))
 VERSION_5 = transformers.__version__.startswith("5.")

@@ -534,6 +534,11 @@ def test_what_is_no_image_is_a_value_error(source):
         tiles_of(source)
 
 
+def test_a_directory_is_not_called_a_file_that_is_absent(tmp_path):
+    with pytest.raises(ValueError, match="it is a directory"):
+        tiles_of(tmp_path)
+
+
 def test_nothing_is_fetched_from_the_network():
     with pytest.raises(ValueError, match="network"):
         tiles_of("https://example.com/image.png")

@@ -2,7 +2,8 @@
 
 import base64
 import io
-import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -239,6 +240,15 @@ def test_an_answer_ends_with_the_context(client):
         ({"max_tokens": 2.5}, "max_tokens must be a whole number"),
         ({"temperature": True}, "temperature must be a number"),
         ({"extra_body": {"chat_template_kwargs": {"images": [str(RECEIPT)]}}}, "chat_template_kwargs may hold"),
+        ({"verbosity": "high"}, "verbosity='high' is not supported"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p=0.1 is not supported by this server; leave min_p out"),
+        ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
+        ({"stop": ["a", ""]}, "stop must be a text or a list of texts"),
+        ({"logit_bias": {"5": 101}}, "from -100 to 100, got {'5': 101}"),
+        (
+            {"logit_bias": {"100000": 1}, "stream": True},
+            "logit_bias names the token 100000; this model has the tokens",
+        ),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(client, options, says):
@@ -262,9 +272,34 @@ def test_broken_messages_are_refused(client, messages, says):
 def test_options_that_ask_for_nothing_are_taken(client):
     completion = ask(
         client, [{"role": "user", "content": "Hello"}], max_tokens=1, n=1, user="me", logprobs=False,
-        response_format={"type": "text"},
+        response_format={"type": "text"}, stop=[], logit_bias={}, verbosity="medium",
     )  # fmt: skip
     assert len(completion.choices) == 1
+
+
+def test_a_refusal_does_not_quote_an_object_cut_in_the_middle(client):
+    schema = {"type": "json_schema", "json_schema": {"name": "receipt", "schema": {"type": "object", "x": "y" * 99}}}
+    message = refusal(client, [{"role": "user", "content": "Hello"}], response_format=schema)
+    assert "response_format=an object with 2 keys (type, json_schema) is not supported" in message
+
+
+def test_whole_numbers_bias_tokens_like_floats(client, here, receipt):
+    messages = [user(image_part(receipt), text_part("What is the total?"))]
+    digit = here[1].tokenizer("7", add_special_tokens=False)["input_ids"][0]
+    whole, real = (ask(client, messages, logit_bias={str(digit): bias}).choices[0] for bias in (-100, -100.0))
+    assert whole.message.content == real.message.content != "" and "7" not in whole.message.content
+
+
+def test_the_fields_that_are_ignored_stand_in_the_manual(client):
+    from tools.server import IGNORED, NEUTRAL_VALUES
+
+    manual = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (row,) = [line for line in manual.splitlines() if line.endswith("| accepted and ignored |")]
+    assert set(re.findall(r"`(\w+)`", row)) == IGNORED
+    for name in NEUTRAL_VALUES:
+        assert f"`{name}`" in manual, name
+    fields: dict[str, Any] = {"service_tier": "auto", "store": True, "metadata": {"a": "b"}, "user": "me"}
+    ask(client, [{"role": "user", "content": "Hello"}], max_tokens=1, parallel_tool_calls=False, **fields)
 
 
 def test_it_serves_one_model_and_loads_no_other(client):
@@ -303,9 +338,10 @@ def test_the_12b_v2_is_served_and_can_be_asked_to_reason(tiny_v2_checkpoint, tmp
             assert completion.usage.prompt_tokens == len(prompt[0])
 
 
-def test_missing_packages_are_named():
-    code = "import sys; sys.modules['uvicorn'] = None; import tools.serve"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert "pip install fastapi uvicorn openai" in ended.stderr
+def test_ctrl_c_ends_the_server_quietly(tmp_path):
+    log = tmp_path / "log.txt"
+    for _ in (server := serve(NANO, log)):
+        process = server.gi_frame.f_locals["process"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130)
+    assert "Traceback" not in log.read_text()

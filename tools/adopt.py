@@ -9,7 +9,6 @@ that the source's config.json describes; if anything is wrong, the report says w
 weight is the source's own file: overwriting it in place changes both.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import ROOT
+from .command_line import command_parser, require_directory
 from .weights import (
     CONFIG_ERRORS,
     MODELS,
@@ -88,27 +88,12 @@ class Inspection:
 
     def report(self) -> str:
         """Return the findings as text for people."""
-        weights = self.weights
-        num_bytes = sum(tensor.num_bytes for tensor in weights.tensors.values())
-        lines = [
-            f"{self.source}: {len(weights.tensors)} tensors, {num_bytes / 1e9:.3f} GB, "
-            f"mostly {main_dtype(weights.tensors) or 'not plain'}, in {len(weights.files)} files"
-        ]
-        lines += [f"  format:  {count} layers are {name}" for name, count in weights.formats.items()]
-        lines += [f"  note:    {note}" for note in self.notes]
-        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
-        lines.append(f"{len(self.problems)} problems." if self.problems else "Every tensor fits the model.")
-        return "\n".join(lines)
+        return self.weights.text(self.source, self.notes, self.problems)
 
 
 def inspect(source: Path) -> Inspection:
     """Read a checkpoint directory and prepare what adopting would write; nothing is written or run."""
     found = Inspection(source)
-    if not source.is_dir():
-        found.problems.append(
-            f"{source} is not a directory. Download the checkpoint first: hf download ID --local-dir DIR."
-        )
-        return found
     config_class = NemotronVLConfig
     try:
         config_dict = read_json(source / "config.json")
@@ -339,21 +324,24 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
-def reasons_against(out: Path, found: Inspection, force: bool) -> list[str]:
-    """Return why `out` cannot be written to: it is the source, or holds files that adopting does not write."""
-    if out.exists() and out.samefile(found.source):
-        return ["--out is the source itself. Choose another directory; linked weights take no space."]
+def check_out(out: Path, found: Inspection, force: bool) -> None:
+    """Raise ValueError if `out` is the source or a file, or holds files that adopting does not write."""
     if not out.exists():
-        return []
+        return
+    if out.samefile(found.source):
+        raise ValueError("--out is the source itself. Choose another directory; linked weights take no space.")
     if not out.is_dir():
-        return [f"{out} is a file."]
+        raise ValueError(f"--out {out} is a file. Name a directory.")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in {*found.files, *found.weights.files})
     weights = [name for name in foreign if name.endswith((".safetensors", ".bin")) or name == INDEX_FILE]
     if weights:
-        return [f"{out} holds other weights, which might be loaded instead: {', '.join(weights)}. Remove them."]
+        raise ValueError(
+            f"{out} holds other weights, which might be loaded instead: {', '.join(weights)}. Remove them."
+        )
     if foreign and not force:
-        return [f"{out} holds files of something else: {', '.join(foreign[:4])}. Choose another, or pass --force."]
-    return []
+        raise ValueError(
+            f"{out} holds files of something else: {', '.join(foreign[:4])}. Choose another, or pass --force."
+        )
 
 
 def write(found: Inspection, out: Path, copy: bool = False) -> str:
@@ -403,15 +391,15 @@ def how_to_load(out: Path, quantised: bool = False) -> str:
     return f"""Load it:
   from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
   path = {str(out)!r}
-  model = AutoModel.from_pretrained(path, torch_dtype="auto", trust_remote_code=True).eval()
+  model = AutoModel.from_pretrained(path, dtype="auto", trust_remote_code=True).eval()
   tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
   images = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)(["page.png"])
   print(model.chat(tokenizer, question="What is the total?", generation_config={{"do_sample": False}}, **images)){modes if quantised else ""}"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 when the checkpoint is fine (and written), 1 otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command; 0 when the checkpoint is fine (and written), 1 otherwise, 2 when the command is wrong."""
+    parser = command_parser("adopt", __doc__)
     parser.add_argument("source", type=Path, help="directory of a downloaded checkpoint")
     parser.add_argument("--out", type=Path, help="directory to write")
     parser.add_argument("--check", action="store_true", help="only report; reads every weight")
@@ -420,19 +408,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.check and arguments.out is None:
         parser.error("give --out DIR, or --check")
-    try:
-        found = inspect(arguments.source)
-        if arguments.check and found.weights.tensors and not found.weights.problems:
-            found.problems += check_values(found.weights)
-        if not arguments.check and not found.problems:
-            found.problems += reasons_against(arguments.out, found, arguments.force)
-        print(found.report())
-        if found.problems or arguments.check:
-            return int(bool(found.problems))
-        how = write(found, arguments.out, arguments.copy)
-    except OSError as error:
-        print(f"PROBLEM: {error}")
-        return 1
+    require_directory(arguments.source)
+    found = inspect(arguments.source)
+    if arguments.check and found.weights.tensors and not found.weights.problems:
+        found.problems += check_values(found.weights)
+    if not arguments.check and not found.problems:
+        check_out(arguments.out, found, arguments.force)
+    print(found.report())
+    if found.problems or arguments.check:
+        return int(bool(found.problems))
+    how = write(found, arguments.out, arguments.copy)
     print(
         f"{arguments.out} is ready, its weights are {how}.\n{how_to_load(arguments.out, bool(found.weights.formats))}"
     )

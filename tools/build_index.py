@@ -8,7 +8,6 @@ An index says which file holds which tensor. Tensors fill the files in the order
 for the published weights, whose own files may be cut elsewhere: `tools.adopt` writes the index that fits them.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from nemotron_vl.checkpoint import INDEX_FILE, TensorHeader
 
 from . import ROOT
+from .command_line import command_parser
 from .weights import PLAIN_DTYPES, expected_tensors, make_index, model_class
 
 
@@ -47,7 +47,7 @@ def build_index(config: Any, max_shard_size: float = 5.0, dtype: str = "BF16") -
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("build_index", __doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT, help="folder with a config.json (the root)")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="largest file, in 10^9 bytes")
     parser.add_argument("--dtype", choices=PLAIN_DTYPES, default="BF16")

@@ -8,7 +8,6 @@ tokens. The result is byte for byte NVIDIA's file; anything else is an error. Th
 `tokenizer.model` holds for the result.
 """
 
-import argparse
 import base64
 import hashlib
 import importlib.util
@@ -21,6 +20,7 @@ from nemotron_vl.prompts import IMAGE_TOKEN
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from . import ROOT
+from .command_line import command_parser
 
 NUM_RANKS = 128000
 NUM_SPECIAL_TOKENS = 256
@@ -158,7 +158,7 @@ def copy_other_files(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("build_tokenizer", __doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--model", type=Path, metavar="FILE", help="default: the tokenizer.model of llama-models")
     options = parser.parse_args(argv)

@@ -4,13 +4,14 @@
     python -m tools.chat page.png other.png --model ../my-checkpoint --tiles tiles.png
 
 The command prints how each image is cut into tiles and how many tokens it costs, and streams the answer. Without
-`--question` it asks for questions until one is empty. `--tiles` writes the first image with its tiles drawn over it.
+`--question` it asks for questions until one is empty; Ctrl-C ends an answer, and between answers the chat. `--tiles`
+writes the first image with its tiles drawn over it.
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,16 @@ from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 from . import ROOT
+from .command_line import command_parser, require_checkpoint
 
+CODE_FILE = "modeling_nemotron_vl.py"
 GRID_COLOUR = (220, 30, 30)
 NUMBER_COLOUR = (*GRID_COLOUR, 60)  # the page stays legible through it
+
+# transformers warns several times about a directory whose name is no Python identifier ("my clone"), which works.
+getLogger("transformers.dynamic_module_utils").addFilter(
+    lambda record: "is not a valid Python identifier" not in record.getMessage()
+)
 
 
 def load(directory: Path, **options: Any) -> tuple[Any, Any]:
@@ -31,10 +39,19 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
     Args:
         directory: holds the code too, or is a subfolder of the folder that holds it.
         options: arguments of `AutoModel.from_pretrained`; without `dtype` the checkpoint's is used.
+
+    Raises:
+        ValueError: if `directory` is no directory, or holds no checkpoint or one without our code.
     """
-    where: dict[str, Any] = {"trust_remote_code": True}
+    require_checkpoint(directory)
     source = directory.resolve()
-    if not (source / "modeling_nemotron_vl.py").exists():
+    where: dict[str, Any] = {"trust_remote_code": True}
+    if not (source / CODE_FILE).exists():
+        if not (source.parent / CODE_FILE).exists():
+            raise ValueError(
+                f"{directory} has no code of this repository ({CODE_FILE}) in it or in the directory above it. This "
+                f"writes a directory that has: python -m tools.adopt {directory} --out DIR."
+            )
         source, where["subfolder"] = source.parent, source.name
     model = AutoModel.from_pretrained(source, **{"dtype": "auto", **options}, **where)
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
@@ -102,28 +119,36 @@ def typed_questions() -> Iterator[str]:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while question := input("> ").strip():
             yield question
+        return
+    print()  # the prompt's line has not ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("chat", __doc__)
     parser.add_argument("images", type=Path, nargs="*")
     parser.add_argument("--model", type=Path, default=ROOT / "nano")
     parser.add_argument("--question", nargs="+", help="ask these, one after the other, and stop")
     parser.add_argument("--tiles", type=Path, help="file for the first image with its tiles drawn over it")
     arguments = parser.parse_args(argv)
 
-    model, processor = load(arguments.model)
     images = [load_image(path) for path in arguments.images]
+    model, processor = load(arguments.model)
     for path, image in zip(arguments.images, images, strict=True):
         print(f"{path}: {describe(processor, image)}")
     if arguments.tiles and images:
         draw_tiles(processor.image_processor, images[0]).save(arguments.tiles)
         print(f"Tiles drawn over the image: {arguments.tiles}")
     conversation = Conversation(model, processor, images)
-    for question in arguments.question or typed_questions():
-        if arguments.question:
-            print(f"> {question}")
+    for question in arguments.question or ():
+        print(f"> {question}")
         conversation.ask(question)
+    for question in () if arguments.question else typed_questions():
+        try:
+            conversation.ask(question)
+        except KeyboardInterrupt:
+            print("\n(The answer was stopped; the chat goes on as if it had not been asked for.)")
+        except ValueError as error:  # a prompt beyond the context, for example
+            print(f"error: {error}")
     return 0
 
 

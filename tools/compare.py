@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ROOT
+from .command_line import command_parser, usable_device
 
 PUBLISHED_PACKAGES = {
     "PIL": "pillow",
@@ -313,7 +314,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("compare", __doc__)
     parser.add_argument("download", type=Path, metavar="DOWNLOAD", help="NVIDIA's repository as downloaded")
     parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE")
     parser.add_argument("--published-python", default=sys.executable, help="interpreter with the old transformers")
@@ -321,7 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="asked about each image: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=usable_device, default="cpu")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="store what the published code computed")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="compare with what --keep stored")
     parser.add_argument("--side", choices=("published", "ours"), help=argparse.SUPPRESS)

@@ -6,7 +6,6 @@ It shows how the image is cut into tiles and how many tokens it costs, streams t
 its tiles drawn over it.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from . import ROOT
 from .chat import Conversation, describe, draw_tiles, load
+from .command_line import command_parser
 
 RECEIPT = ROOT / "examples" / "receipt.png"
 QUESTIONS = ("What is the total?", "Who is the seller?")
@@ -24,8 +24,11 @@ def run(checkpoint: Path, image: Image.Image, tiles: Path) -> list[str]:
     """Load `checkpoint`, print what happens to `image`, stream the answers and return them."""
     model, processor = load(checkpoint)
     print(f"Image:    {describe(processor, image)}")
-    draw_tiles(processor.image_processor, image).save(tiles)
-    print(f"Tiles:    drawn over the image in {tiles}")
+    try:
+        draw_tiles(processor.image_processor, image).save(tiles)
+        print(f"Tiles:    drawn over the image in {tiles}")
+    except OSError as error:  # a checkout that cannot be written to; the answers need no file
+        print(f"Tiles:    the image with its tiles was not written to {tiles}: {error.strerror}")
     conversation = Conversation(model, processor, [image])
     answers = []
     for question in QUESTIONS:
@@ -37,7 +40,7 @@ def run(checkpoint: Path, image: Image.Image, tiles: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("demo", __doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", default=ROOT / "nano")
     parser.add_argument("--tiles", type=Path, default=Path("tiles.png"))
     arguments = parser.parse_args(argv)

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from . import ROOT
+from .command_line import command_parser
 
 LINTED_AS = {
     "configuration_nemotron_vl.py": "configuration_nemotron_vl.py",
@@ -35,12 +36,18 @@ EXCEPTIONS = {
 
 
 def lint() -> list[str]:
-    """Return what mlinter finds beyond the exceptions, a line each."""
+    """Return what mlinter finds beyond the exceptions, a line each.
+
+    Raises:
+        ImportError: if mlinter is not installed.
+    """
+    mlinter = Path(sys.executable).with_name("mlinter")
+    if not mlinter.exists():
+        raise ImportError(f"{mlinter} is not installed: pip install transformers-mlinter")
     with tempfile.TemporaryDirectory() as folder:
         for name, linted_name in LINTED_AS.items():
             (Path(folder) / linted_name).symlink_to(ROOT / name)
         report = Path(folder) / "report.json"
-        mlinter = Path(sys.executable).with_name("mlinter")
         subprocess.run(
             [mlinter, "--no-progress", "--no-cache", "--output-json", report, folder], capture_output=True, check=False
         )
@@ -53,7 +60,8 @@ def lint() -> list[str]:
     ]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    command_parser("lint", __doc__).parse_args(argv)
     findings = lint()
     print("\n".join(findings) or "mlinter: nothing beyond the exceptions in tools/lint.py.")
     return 1 if findings else 0

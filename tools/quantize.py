@@ -12,7 +12,6 @@ quantise those too, AWQ chooses by them how to spread a layer's error over its i
 llm-compressor has an AWQ of its own, but is tied to transformers 5.15-5.17 and writes another layout (version 0.14).
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -37,6 +36,7 @@ from nemotron_vl.quantization_nemotron_vl import (
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
+from .command_line import command_parser, usable_device
 from .weights import model_class
 
 PROCESSORS = {NemotronVLConfig.model_type: NemotronVLProcessor, NemotronVLV2Config.model_type: NemotronVLV2Processor}
@@ -436,7 +436,7 @@ def folder_size(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("quantize", __doc__)
     parser.add_argument("source", type=Path, metavar="DIR", help="the BF16 checkpoint")
     parser.add_argument("--format", choices=sorted(FORMAT_NAMES), required=True)
     parser.add_argument(
@@ -448,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep", nargs="+", default=[], metavar="LAYER", help="leave these alone: in_proj out_proj ..."
     )
-    parser.add_argument("--device", default="cpu", help="where to compute (default %(default)s)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="where to compute (default %(default)s)")
     options = parser.parse_args(argv)
     if options.out.exists() and any(options.out.iterdir()):
         parser.error(f"{options.out} is not empty; name a new folder.")

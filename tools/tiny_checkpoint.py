@@ -4,7 +4,6 @@ python -m tools.tiny_checkpoint --out DIR
 python -m tools.tiny_checkpoint --out DIR --v2    # the 12B V2 instead of the 8B V1
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from . import ROOT
+from .command_line import command_parser
 
 LLAMA_TOKENS = [
     "<|begin_of_text|>",
@@ -147,7 +147,7 @@ def make_tiny_checkpoint(folder: Path, seed: int = 0, v2: bool = False) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("tiny_checkpoint", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--v2", action="store_true", help="make the 12B V2 instead of the 8B V1")
     arguments = parser.parse_args(argv)

@@ -1,10 +1,13 @@
 """Check the weights of a checkpoint directory against the model of its config, reading headers only.
 
+    python -m tools.weights DIR    # `python -m tools.adopt DIR --check` also checks the other files, and every number
+
 `check_weights(folder, config)` lists what the safetensors files hold, compares name, shape and dtype of every tensor
 with the model built on the meta device, and returns the problems as sentences. No weight is read and nothing is run.
 `check_values` does read the weights, for NaN and infinity.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,8 @@ from nemotron_vl.configuration_nemotron_vl import MIXTURE_OF_EXPERTS
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2
 from nemotron_vl.quantization_nemotron_vl import is_quantised, pack_linears, packed_linears
 from safetensors import safe_open
+
+from .command_line import command_parser, require_checkpoint
 
 # The classes of the family by the model_type of their configs.
 MODELS = {model.config_class.model_type: model for model in (Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2)}
@@ -66,16 +71,32 @@ class WeightReport:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def text(self, folder: Path, notes: list[str], problems: list[str]) -> str:
+        """Return what was found in `folder`, with the notes and problems given, as lines for people."""
+        num_bytes = sum(tensor.num_bytes for tensor in self.tensors.values())
+        counted = (
+            f"{len(self.tensors)} tensors, {num_bytes / 1e9:.3f} GB, mostly {main_dtype(self.tensors) or 'not plain'}"
+        )
+        lines = [
+            f"{folder}: {counted}, in {len(self.files)} files" if self.tensors else f"{folder}: no tensors were read"
+        ]
+        lines += [f"  format:  {count} layers are {name}" for name, count in self.formats.items()]
+        lines += [f"  note:    {note}" for note in notes]
+        lines += [f"  PROBLEM: {problem}" for problem in problems]
+        lines.append(f"{len(problems)} problems." if problems else "Every tensor fits the model.")
+        return "\n".join(lines)
+
 
 def model_class(folder: Path) -> Any:
     """Return the class that the checkpoint in a folder is of, by its config.json.
 
     Raises:
-        CheckpointError: if config.json cannot be read, or is of another family.
+        ValueError: if `folder` is no directory with a config.json, or that is unreadable or of another family.
     """
+    require_checkpoint(folder)
     model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in MODELS:
-        raise CheckpointError(f"config.json says model_type {model_type!r}; known are {', '.join(MODELS)}.")
+        raise CheckpointError(f"{folder}: config.json says model_type {model_type!r}; known are {', '.join(MODELS)}.")
     return MODELS[model_type]
 
 
@@ -305,3 +326,17 @@ def _some(names: Iterable[str], separator: str = ", ", limit: int = 4) -> str:
     names = list(names)
     shown = separator.join(names[:limit])
     return shown if len(names) <= limit else f"{shown}{separator}and {len(names) - limit} more"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 when the weights fit the model, 1 otherwise."""
+    parser = command_parser("weights", __doc__)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of a checkpoint")
+    folder = parser.parse_args(argv).directory
+    report = check_weights(folder, model_class(folder).config_class.from_pretrained(folder))
+    print(report.text(folder, report.notes, report.problems))
+    return int(bool(report.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Every command in a terminal: its help, one sentence for a mistake, Ctrl-C, progress, and the package of `pip install`."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tools import ROOT, chat, command_line, demo
+from tools.__main__ import summaries
+
+RECEIPT = ROOT / "examples" / "receipt.png"
+FOLDERS = ("tools", "training", "evaluation", "pretraining", "documents", "benchmarks")
+FILES = [file for folder in FOLDERS for file in (ROOT / folder).glob("*.py")]
+FILES += [ROOT / "tests" / "fuzz.py", ROOT / "tests" / "standard_suites.py"]
+COMMANDS = sorted(
+    f"{file.parent.name}.{file.stem}" for file in FILES if '\nif __name__ == "__main__":' in file.read_text("utf-8")
+)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python in the clone, as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+# --- help ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_answers_help(command):
+    ended = run("-m", command, "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("usage: ") and ended.stderr == ""
+
+
+def test_the_list_of_commands_needs_no_package():
+    ended = run("-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.__main__ import main; main()")
+    assert ended.returncode == 2 and ended.stderr.startswith("usage: nemotron-vl NAME")
+    assert set(summaries()) == {name.removeprefix("tools.") for name in COMMANDS if name.startswith("tools.")} - {
+        "__main__"
+    }
+    assert all(text.endswith((".", ":", "`.")) or text for text in summaries().values())
+
+
+def test_serve_answers_help_without_its_packages_and_names_them_when_it_starts():
+    blocked = "import sys; sys.modules.update(uvicorn=None, fastapi=None, openai=None); import tools.serve as serve\n"
+    assert run("-c", blocked + "serve.main(['--help'])").stdout.startswith("usage: python -m tools.serve")
+    ended = run("-c", blocked + "serve.main([])")
+    assert (
+        "ImportError: Serving needs packages that are not installed: pip install fastapi uvicorn openai"
+        in ended.stderr
+    )
+    assert "5.23" not in ended.stderr.splitlines()[-1]
+
+
+# --- a user's mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("n must be 1."), "error: n must be 1.\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.yaml"), "error: a.yaml: No such file or directory.\n"),
+        (
+            ModuleNotFoundError("No module named 'yaml.nodes'", name="yaml.nodes"),
+            "error: No module named 'yaml.nodes'. Install it: pip install pyyaml\n",
+        ),
+        (ImportError("Fonts are missing: pip install fonts"), "error: Fonts are missing: pip install fonts\n"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(error, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.end_with_a_sentence(type(error), error, None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == sentence
+
+
+def test_ctrl_c_is_quiet_and_a_bug_keeps_its_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.end_with_a_sentence(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert ended.value.code == 130 and capsys.readouterr().err == "\n"
+    command_line.end_with_a_sentence(RuntimeError, RuntimeError("a bug"), None)
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("tools.chat", "examples"), "it is a directory"),
+        (("tools.chat", "nosuch.png"), "there is no such file"),
+        (("tools.chat", "examples/receipt.png", "--model", "nosuch"), "nosuch does not exist"),
+        (("tools.chat", "examples/receipt.png", "--model", "README.md"), "README.md is a file, not the directory"),
+        (("tools.demo", "examples"), "examples holds no config.json"),
+        (("tools.adopt", "nosuch", "--check"), "nosuch does not exist"),
+        (("tools.weights", "nosuch"), "nosuch does not exist"),
+        (("tools.quantize", "nosuch", "--format", "fp8", "--calibration", "a", "--out", "b"), "nosuch does not exist"),
+        (("tools.build_index", "examples"), "examples holds no config.json"),
+        (("tools", "adopt", "nosuch", "--check"), "nosuch does not exist"),
+        (("training.finetune", "nosuch.yaml"), "nosuch.yaml: No such file or directory"),
+        (("tools.compare", "nosuch", "examples/receipt.png", "--device", "abacus"), "'abacus' cannot be used here"),
+    ],
+)
+def test_a_mistake_on_the_command_line_has_no_traceback(arguments, says):
+    ended = run("-m", *arguments)
+    assert ended.returncode == 2
+    assert says in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_wrong_model_is_named_itself_and_not_its_parent(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("{}")
+    for name, says in {"absent": "does not exist", "foreign": "has no code of this repository"}.items():
+        with pytest.raises(ValueError, match=f"{name} {says}"):
+            chat.load(tmp_path / name)
+
+
+def test_a_directory_with_a_space_in_its_name_does_not_warn(tiny_checkpoint, tmp_path):
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger = logging.getLogger("transformers.dynamic_module_utils")
+    logger.addHandler(handler)
+    try:
+        chat.load(Path(shutil.copytree(tiny_checkpoint, tmp_path / "a clone")))
+    finally:
+        logger.removeHandler(handler)
+    assert seen == []
+
+
+def test_the_demo_answers_where_it_cannot_write(tmp_path, capsys):
+    image = Image.open(RECEIPT).convert("RGB")
+    assert demo.run(ROOT / "nano", image, tmp_path / "absent" / "tiles.png")[0] == "72.13"
+    assert "was not written" in capsys.readouterr().out
+
+
+# --- Ctrl-C ---
+
+
+class Slow:
+    """Answers each question but one, in whose answer the user presses Ctrl-C."""
+
+    def __init__(self):
+        self.turns = []
+
+    def chat(self, processor, question, history, **_):
+        self.turns.append((question, history))
+        if "long" in question:
+            raise KeyboardInterrupt
+        return "Yes.", [*(history or []), (question, "Yes.")]
+
+
+def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(monkeypatch, capsys):
+    typed = iter(["A long one?", "Is it paid?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    model, processor = chat.load(ROOT / "nano")
+    slow = Slow()
+    monkeypatch.setattr(chat, "load", lambda directory: (slow, processor))
+    assert chat.main([str(RECEIPT)]) == 0
+    assert slow.turns == [("<image>\nA long one?", None), ("<image>\nIs it paid?", None)]
+    assert "The answer was stopped" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_questions_of_the_command_line(monkeypatch):
+    _, processor = chat.load(ROOT / "nano")
+    monkeypatch.setattr(chat, "load", lambda directory: (Slow(), processor))
+    with pytest.raises(KeyboardInterrupt):
+        chat.main([str(RECEIPT), "--question", "A long one?", "Is it paid?"])
