@@ -392,7 +392,7 @@ def test_the_conditioner_of_the_tower_is_not_applied(model, inputs):
 def test_prefill_in_chunks_gives_equal_logits(model, inputs):
     whole = model(**inputs, use_cache=True)
     features = torch.cat(model.get_image_features(inputs["pixel_values"]).pooler_output)
-    embeds = model._embed_prompt(inputs["input_ids"], None, features, None)
+    embeds = model._embed_prompt(inputs["input_ids"], features, None)
     pieces, cache = [], None
     for piece in embeds.split([7, 1, 20, embeds.shape[1] - 28], dim=1):
         output = model(inputs_embeds=piece, past_key_values=cache, use_cache=True)
