@@ -575,7 +575,7 @@ class NemotronVLConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a dict, which also names the language model's part as PEFT and others look for it."""
         described = super().to_dict()
-        described["text_config"] = copy.deepcopy(described["llm_config"])
+        described["text_config"] = described["llm_config"]  # one dict: a change under one name holds for both
         return described
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -605,7 +605,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         elif input_ids is not None and kwargs.get("prompt_embeds") is None:
             kwargs.pop("inputs_embeds", None)
             kwargs["prompt_embeds"] = self._embed_prompt(
-                input_ids, inputs_embeds, image_features, kwargs.get("past_key_values")
+                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds
             )
         if not args and self._wants_static_cache(generation_config, kwargs):
             kwargs["cache_implementation"] = "static"
@@ -673,9 +673,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
     def _embed_prompt(
         self,
         input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None,
         image_features: torch.Tensor | None,
         past_key_values: Any | None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
 
