@@ -572,8 +572,15 @@ class NemotronVLConfig(PretrainedConfig):
         config.vision_config.name_or_path = config.name_or_path
         return loaded
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a dict, which also names the language model's part as PEFT and others look for it."""
+        described = super().to_dict()
+        described["text_config"] = described["llm_config"]  # one dict: a change under one name holds for both
+        return described
+
     def to_diff_dict(self) -> dict[str, Any]:
         published = _published_form(super().to_diff_dict())
+        published.pop("text_config", None)  # once, under its published name
         generic = PretrainedConfig().to_dict()
         for name in ("llm_config", "vision_config"):
             part = _published_form(published[name])

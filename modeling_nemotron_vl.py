@@ -239,6 +239,11 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """The projector, under the field's usual name."""
         return self.mlp1
 
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """The embedding of the tokens, where PEFT's prompt learning looks for it: `embeddings.word_embeddings`."""
+        return nn.ModuleDict({"word_embeddings": self.get_input_embeddings()})
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -598,10 +603,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         if embeds_alone:
             if image_features is not None:
                 kwargs["inputs_embeds"] = self._insert_images(None, inputs_embeds, image_features)
+        elif self._has_virtual_tokens and image_features is not None:
+            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
         elif input_ids is not None and kwargs.get("prompt_embeds") is None:
             kwargs.pop("inputs_embeds", None)
             kwargs["prompt_embeds"] = self._embed_prompt(
-                input_ids, inputs_embeds, image_features, kwargs.get("past_key_values")
+                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds
             )
         if not args and self._wants_static_cache(generation_config, kwargs):
             kwargs["cache_implementation"] = "static"
@@ -658,6 +665,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         return (
             not self._is_on_several_devices
             and not self._is_stateful
+            and not self._has_virtual_tokens
             and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
             and not given("disable_compile")
@@ -669,9 +677,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
     def _embed_prompt(
         self,
         input_ids: torch.Tensor,
-        inputs_embeds: torch.Tensor | None,
         image_features: torch.Tensor | None,
         past_key_values: Any | None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
 
@@ -744,6 +752,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
+        if self._has_virtual_tokens:  # PEFT embeds the ids by itself, behind its tokens
+            if _num_cached(past_key_values):
+                model_inputs.pop("mm_encoder_outputs", None)  # the images are in the cache now
+            return model_inputs
         start = _num_cached(past_key_values) if prompt_embeds is not None else 0
         if prompt_embeds is not None and start < prompt_embeds.shape[1]:
             ids = model_inputs["input_ids"]
@@ -755,6 +767,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             # The answer is part of the input here, and an image token in it is no image.
             model_inputs["inputs_embeds"] = self.get_input_embeddings()(model_inputs.pop("input_ids"))
         return model_inputs
+
+    @property
+    def _has_virtual_tokens(self) -> bool:
+        """Whether PEFT's prompt, prefix or P-tuning takes part in a generation, for which it wraps the method above."""
+        wrapper = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        return bool(getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False))
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

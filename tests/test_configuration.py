@@ -129,6 +129,18 @@ def test_text_config_and_image_token_id_are_aliases_in_both_directions():
     assert (config.llm_config.hidden_size, config.img_context_token_id) == (48, 8)
 
 
+def test_as_a_dict_it_names_the_language_model_for_clients_and_saves_it_once(tmp_path):
+    """PEFT's prompt learning reads the sizes of the language model in `text_config` of the dict."""
+    config = NemotronVLConfig(**copy.deepcopy(PUBLISHED))
+    described = config.to_dict()
+    assert described["text_config"] == described["llm_config"]
+    assert described["text_config"]["num_hidden_layers"] == PUBLISHED["llm_config"]["num_hidden_layers"]
+    assert NemotronVLConfig.from_dict(described).to_dict() == described
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "llm_config" in saved and "text_config" not in saved
+
+
 def test_attention_can_be_chosen_for_each_part():
     config = NemotronVLConfig.from_dict(
         copy.deepcopy(PUBLISHED), attn_implementation={"text_config": "eager", "vision_config": "sdpa"}

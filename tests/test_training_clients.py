@@ -341,6 +341,53 @@ def test_lora_targets_hit_what_the_documentation_says(model, batch, target_modul
     assert all(gradient is not None and gradient.any() for gradient in gradients(model, batch).values())
 
 
+ADAPTERS = {
+    "LoraConfig": {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False},
+    "IA3Config": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "PromptTuningConfig": {"num_virtual_tokens": 3},
+    "PrefixTuningConfig": {"num_virtual_tokens": 3},
+    "PromptEncoderConfig": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},  # P-tuning
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_every_kind_train_and_generate(tiny_checkpoint, processor, batch, kind):
+    """PEFT reads sizes in the config and looks for the embedding of the tokens; prompt and prefix tuning did not start."""
+    peft = needs("peft")
+    torch.manual_seed(0)
+    base = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
+    model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **ADAPTERS[kind])).train()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(adapters, lr=0.05)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+        assert all(parameter.grad is not None for parameter in adapters)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    model.eval()
+    for with_picture in (True, False):
+        asked = processor.apply_chat_template(
+            messages(1, with_picture)[:1],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        images = {name: asked[name] for name in ("pixel_values", "num_patches") if name in asked}
+        expected = asked["input_ids"]
+        with torch.no_grad():  # every step from the beginning
+            for _ in range(4):
+                logits = model(input_ids=expected, attention_mask=torch.ones_like(expected), **images).logits
+                logits[..., base.config.image_token_id] = -math.inf  # the random model would write it
+                expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        options["suppress_tokens"] = [base.config.image_token_id]
+        assert torch.equal(model.generate(**asked, **options), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_whole_modules_train_beside_lora(tiny_checkpoint, batch, tmp_path, dtype):

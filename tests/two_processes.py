@@ -79,7 +79,6 @@ def train_unevenly(kind: str, checkpoint: str, output: str) -> None:
     gradients = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
     if rank == 0:
         save_file({name: grad.contiguous() for name, grad in gradients.items()}, output)
-    torch.distributed.destroy_process_group()
 
 
 def main(checkpoint: str, output: str) -> None:
@@ -111,4 +110,3 @@ def main(checkpoint: str, output: str) -> None:
         metadata = {"shards": names, "sharded": str(sharded), "generated": ",".join(map(str, generated[0].tolist()))}
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, output, metadata)
     accelerator.wait_for_everyone()
-    torch.distributed.destroy_process_group()
