@@ -489,7 +489,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
                 as text.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside. Image tokens, and the
-                token before and after each run of them (`<img>` and `</img>`), never carry loss, whatever stands here.
+                token before and after each run of them that is attended (`<img>` and `</img>`), never carry loss,
+                whatever stands here.
             use_cache: return the cache.
             num_patches: tiles per image, as the processor returns it.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
@@ -520,7 +521,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             if image_features is not None or input_ids is None:
-                labels = self._without_images(labels, input_ids, kwargs.get("ignore_index", -100))
+                labels = self._without_images(labels, input_ids, attention_mask, kwargs.get("ignore_index", -100))
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return NemotronVLOutput(
             loss=loss,
@@ -531,16 +532,24 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             image_hidden_states=image_features,
         )
 
-    def _without_images(self, labels: torch.Tensor, input_ids: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    def _without_images(
+        self,
+        labels: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        ignore_index: int,
+    ) -> torch.Tensor:
         """Return the labels with `ignore_index` at the image tokens and at the tokens around each run of them."""
         image_token_id = self.config.image_token_id
         if image_token_id is None:  # without images the config may lack it
             return labels
         # Embeddings name no tokens; there the labels do.
         is_image = (labels if input_ids is None else input_ids.to(labels.device)) == image_token_id
-        around = nn.functional.pad(is_image, (1, 1))
-        is_image = is_image | around[:, 2:] | around[:, :-2] | (labels == image_token_id)
-        return labels.masked_fill(is_image, ignore_index)
+        shown = is_image
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == is_image.shape:
+            shown = is_image & attention_mask.to(is_image.device, torch.bool)  # a masked tile has text beside it
+        shown = nn.functional.pad(shown, (1, 1))
+        return labels.masked_fill(is_image | shown[:, 2:] | shown[:, :-2] | (labels == image_token_id), ignore_index)
 
     @torch.no_grad()
     def generate(
