@@ -10,18 +10,20 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-4.57 test-all check style bench fuzz eval-nano clean
 
-$(VENV)/.run: requirements.txt
+# pip shows what it downloads: torch alone takes minutes. The clone itself becomes the package nemotron_vl.
+$(VENV)/.run: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -r requirements.txt
+	$(VENV)/bin/pip install -r requirements.txt
+	$(VENV)/bin/pip install --no-deps -e .
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(VENV)/bin/pip install -q -r requirements-dev.txt
+	$(VENV)/bin/pip install -r requirements-dev.txt
 	touch $@
 
 $(OLD)/.run: requirements-4.57.txt $(VENV)/.dev
 	rm -rf $(OLD)
-	$(VENV)/bin/pip install -q --no-deps --target $(OLD) -r requirements-4.57.txt
+	$(VENV)/bin/pip install --no-deps --target $(OLD) -r requirements-4.57.txt
 	touch $@
 
 demo: $(VENV)/.run  ## chat about a bundled image
@@ -47,7 +49,7 @@ fuzz: $(VENV)/.dev  ## hostile images and prompts for as long as you like; see t
 	$(PY) -m tests.fuzz
 
 eval-nano: $(VENV)/.dev  ## 1,000 held-out documents; needs the fonts of the extra `nano`
-	$(VENV)/bin/pip install -q -e ".[nano]"
+	$(VENV)/bin/pip install -e ".[nano]"
 	$(PY) -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
 style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
@@ -58,4 +60,4 @@ bench: $(VENV)/.dev  ## measure what fits this machine, into benchmarks/results/
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run
 
 clean:
-	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build
+	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build build *.egg-info

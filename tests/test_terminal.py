@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def test_every_command_answers_help(command):
 
 def test_the_list_of_commands_needs_no_package():
     ended = run("-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools.__main__ import main; main()")
-    assert ended.returncode == 2 and ended.stderr.startswith("usage: nemotron-vl NAME")
+    assert ended.returncode == 0 and ended.stdout.startswith("usage: nemotron-vl NAME"), ended.stderr
     assert set(summaries()) == {name.removeprefix("tools.") for name in COMMANDS if name.startswith("tools.")} - {
         "__main__"
     }
-    assert all(text.endswith((".", ":", "`.")) or text for text in summaries().values())
+    assert all(f"  {name:<16} {text}\n" in ended.stdout and text for name, text in summaries().items())
 
 
 def test_serve_answers_help_without_its_packages_and_names_them_when_it_starts():
@@ -172,3 +173,48 @@ def test_ctrl_c_ends_questions_of_the_command_line(monkeypatch):
     monkeypatch.setattr(chat, "load", lambda directory: (Slow(), processor))
     with pytest.raises(KeyboardInterrupt):
         chat.main([str(RECEIPT), "--question", "A long one?", "Is it paid?"])
+
+
+# --- pip install . ---
+
+
+@pytest.mark.slow
+def test_the_installed_package_has_the_commands_the_configs_and_nano(tmp_path):
+    """The wheel in an environment of its own, which borrows the packages that it needs from this one."""
+    others = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "golden", "results", "runs")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=others)  # setuptools writes beside the sources
+    wheels = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, source]
+    subprocess.run(wheels, cwd=tmp_path, check=True)
+    venv.create(tmp_path / "venv", with_pip=False)
+    (python,) = (tmp_path / "venv").glob("[Bb*]*/python")
+    paths = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    site = Path(
+        subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+        .decode()
+        .strip()
+    )
+    (site / "borrowed.pth").write_text(paths)
+    (wheel,) = tmp_path.glob("*.whl")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel]
+    subprocess.run(install, cwd=tmp_path, check=True)
+    assert not (site / "tools").exists() and (site / "nemotron_vl" / "tools").is_dir()
+
+    command = python.with_name("nemotron-vl")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+
+    def call(*arguments: str | Path) -> str:
+        ended = subprocess.run([command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    for name in summaries():
+        assert name in call("--help")
+
+    in_clone = run("-m", "tools.chat", "--help").stdout
+    assert call("chat", "--help").split() == in_clone.replace("python -m tools.", "nemotron-vl ").split()
+    assert "72.13" in call("chat", RECEIPT, "--question", "What is the total?")
+    assert "72.13" in call("demo")
+    call("adopt", site / "nemotron_vl" / "nano", "--out", tmp_path / "flat", "--copy")
+    assert "72.13" in call("demo", tmp_path / "flat")
+    counting = "from nemotron_vl.image_processing import count_tiles; print(count_tiles(height=1754, width=1240))"
+    assert subprocess.check_output([python, "-c", counting], cwd=tmp_path).split() == [b"13"]

@@ -35,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         epilog="nemotron-vl NAME --help says more about each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=commands, metavar="NAME", help=argparse.SUPPRESS)
+    parser.add_argument("name", nargs="?", choices=commands, metavar="NAME", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
+    if chosen.name is None:
+        parser.print_help()
+        return 0
     return importlib.import_module(f".{chosen.name}", __package__).main(chosen.arguments)
 
 
