@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tools import ROOT
@@ -265,6 +266,19 @@ def test_options_that_ask_for_nothing_are_taken(client):
         response_format={"type": "text"},
     )  # fmt: skip
     assert len(completion.choices) == 1
+
+
+def test_a_small_model_is_served_on_one_thread(monkeypatch):
+    from tools.serve import make_app
+
+    num_threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    try:
+        make_app(NANO)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_it_serves_one_model_and_loads_no_other(client):

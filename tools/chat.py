@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
 from . import ROOT
+from .threads import choose_threads
 
 GRID_COLOUR = (220, 30, 30)
 NUMBER_COLOUR = (*GRID_COLOUR, 60)  # the page stays legible through it
@@ -113,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     model, processor = load(arguments.model)
+    choose_threads(model)
     images = [load_image(path) for path in arguments.images]
     for path, image in zip(arguments.images, images, strict=True):
         print(f"{path}: {describe(processor, image)}")

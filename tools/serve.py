@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from . import ROOT
 from .chat import load
+from .threads import choose_threads
 
 try:
     import openai  # noqa: F401  (the stock server builds its answers with it)
@@ -72,6 +73,7 @@ class OneModel(ModelManager):
 
     def __init__(self, directory: Path, **options: Any):
         self._loaded = load(directory, **options)
+        choose_threads(self._loaded[0])
         super().__init__(force_model=directory.resolve().name)
 
     @staticmethod

@@ -30,6 +30,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from tools.chat import load
+from tools.threads import choose_threads
 from training.conversations import Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
 from training.trainer import PARTS, LossLog, PartsTrainer, StopOnSignal, last_whole_checkpoint, part_of
@@ -239,6 +240,7 @@ def finetune(recipe: Recipe) -> Path:
         lengths=lengths if recipe.group_by_length else None,
     )
     claim(recipe)
+    choose_threads(model)  # after the trainer has moved it to its device
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
     is_first = trainer.is_world_process_zero()
     if checkpoint and is_first:
