@@ -35,7 +35,9 @@ def test_a_small_model_gets_one_thread_and_the_reason_is_said(capsys):
     choose_threads(Sized(4_000_000))
     assert torch.get_num_threads() == 1
     said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("One thread instead of 2: a model of 4.0 M parameters is quick on one")
+    assert said.out == "" and said.err.startswith(
+        "One thread instead of 2: a model of 4.0 M parameters is quick on one"
+    )
     choose_threads(Sized(4_000_000))  # nothing changes, so nothing is said
     assert capsys.readouterr().err == ""
 
