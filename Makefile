@@ -8,10 +8,14 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
+IS_PYTHON_NEW = import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or later, and $(PYTHON) \
+	is %d.%d. Name a later one: make PYTHON=python3.12" % sys.version_info[:2])
+
 .PHONY: demo test test-4.57 test-all check style bench fuzz eval-nano clean
 
 # pip shows what it downloads: torch alone takes minutes. The clone itself becomes the package nemotron_vl.
 $(VENV)/.run: requirements.txt pyproject.toml
+	@$(PYTHON) -c '$(IS_PYTHON_NEW)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -r requirements.txt
 	$(VENV)/bin/pip install --no-deps -e .

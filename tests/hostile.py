@@ -506,7 +506,9 @@ CONFIG_KEYS = {
 
 @lru_cache(maxsize=1)
 def honest_config() -> str:
-    return make_config(make_tokenizer()).to_json_string(use_diff=False)
+    values = json.loads(make_config(make_tokenizer()).to_json_string(use_diff=False))
+    del values["text_config"]  # the alias of llm_config, which no file has
+    return json.dumps(values)
 
 
 def config_dict(source: Source) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_the_extra_nano_installs_the_package_of_every_font():
 @pytest.mark.parametrize(
     ("folder", "imports"),
     [
-        ("documents", set()),
+        ("documents", {"tools"}),  # what all commands share
         ("evaluation", {"documents", "tools"}),
         ("pretraining", {"documents", "tools", "nemotron_vl"}),
         ("training", {"documents", "tools", "nemotron_vl"}),

@@ -27,7 +27,7 @@ from tools.quantize import save as save_quantised
 from tools.tiny_checkpoint import make_tiny_checkpoint
 from training.conversations import IGNORE_INDEX, Collator, JsonLines, lengths_of
 from training.drawn_documents import DrawnDocuments
-from training.finetune import Recipe, finetune, read_recipe, training_arguments
+from training.finetune import FIRST_REHEARSAL, Recipe, finetune, read_recipe, training_arguments, training_data
 from training.trainer import LengthGroups, StopOnSignal
 
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
@@ -184,6 +184,22 @@ def test_drawn_documents_are_conversations_with_images():
     images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
     assert dataset.outline(1).image_sizes == [image.size[::-1] for image in images]
     assert dataset.outline(1).num_messages == len(messages)
+
+
+def test_rehearsal_mixes_in_as_many_drawn_documents_as_conversations_of_ones_own(checkpoint, data):
+    mixed = recipe(checkpoint, data, Path("out"), rehearsal=20)
+    dataset, outlines = training_data(mixed)
+    own, drawn = JsonLines(data), DrawnDocuments(20, FIRST_REHEARSAL)
+    assert len(dataset) == len(outlines) == 3 * len(own) + len(drawn)  # eight, until they are at least twenty
+    assert [dataset[index] for index in (0, 8, 17)] == [own[0], own[0], own[1]]
+    assert dataset[24][-1] == drawn[0][-1] and outlines[24] == drawn.outline(0)
+    assert len(training_data(recipe(checkpoint, data, Path("out")))[0]) == len(own)
+    with pytest.raises(ValueError, match="leave it out with documents"):
+        recipe(checkpoint, "documents", Path("out"), rehearsal=20)
+
+
+def test_nanos_recipe_for_a_few_documents_rehearses():
+    assert read_recipe(ROOT / "training" / "recipes" / "lora-nano.yaml", []).rehearsal > 0
 
 
 def test_a_step_holds_conversations_of_like_length_in_another_order_each_epoch():

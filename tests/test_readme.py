@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,25 @@ def test_make_targets_and_commands_exist(page):
     folders = "tools|tests|training|pretraining|documents|evaluation|benchmarks"
     for module in re.findall(rf"-m ((?:{folders})(?:\.[a-z]\w*)+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_the_pages_make_and_pip_ask_for_the_same_python():
+    lowest = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
+    major, minor = lowest.removeprefix(">=").split(".")
+    assert f"Python {major}.{minor} or later" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"sys.version_info < ({major}, {minor})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_make_with_an_older_python_says_which_it_needs_and_installs_nothing(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    older = tmp_path / "python3"
+    older.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10, 13); $2"\n')
+    older.chmod(0o755)
+    command = ["make", f"PYTHON={older}", f"VENV={tmp_path / 'venv'}", "demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and not (tmp_path / "venv").exists()
+    assert done.stderr.startswith(f"This needs Python 3.11 or later, and {older} is 3.10. Name a later one: make PY")
 
 
 def test_interactive_examples_give_what_they_print():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tools import ROOT
@@ -300,6 +301,19 @@ def test_the_fields_that_are_ignored_stand_in_the_manual(client):
         assert f"`{name}`" in manual, name
     fields: dict[str, Any] = {"service_tier": "auto", "store": True, "metadata": {"a": "b"}, "user": "me"}
     ask(client, [{"role": "user", "content": "Hello"}], max_tokens=1, parallel_tool_calls=False, **fields)
+
+
+def test_a_small_model_is_served_on_one_thread(monkeypatch):
+    from tools.server import make_app
+
+    num_threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    try:
+        make_app(NANO)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_it_serves_one_model_and_loads_no_other(client):

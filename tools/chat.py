@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoProcessor, TextStreamer
 
 from . import ROOT
 from .command_line import command_parser, require_checkpoint
+from .threads import choose_threads
 
 CODE_FILE = "modeling_nemotron_vl.py"
 GRID_COLOUR = (220, 30, 30)
@@ -133,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
 
     images = [load_image(path) for path in arguments.images]
     model, processor = load(arguments.model)
+    choose_threads(model)
     for path, image in zip(arguments.images, images, strict=True):
         print(f"{path}: {describe(processor, image)}")
     if arguments.tiles and images:

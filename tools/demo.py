@@ -15,6 +15,7 @@ from PIL import Image
 from . import ROOT
 from .chat import Conversation, describe, draw_tiles, load
 from .command_line import command_parser
+from .threads import choose_threads
 
 RECEIPT = ROOT / "examples" / "receipt.png"
 QUESTIONS = ("What is the total?", "Who is the seller?")
@@ -23,6 +24,7 @@ QUESTIONS = ("What is the total?", "Who is the seller?")
 def run(checkpoint: Path, image: Image.Image, tiles: Path) -> list[str]:
     """Load `checkpoint`, print what happens to `image`, stream the answers and return them."""
     model, processor = load(checkpoint)
+    choose_threads(model)
     print(f"Image:    {describe(processor, image)}")
     try:
         draw_tiles(processor.image_processor, image).save(tiles)

@@ -14,6 +14,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
 from .chat import load
+from .threads import choose_threads
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")  # the stock server also loads any model for any client
 ROLES = ("system", "user", "assistant", "tool")
@@ -60,6 +61,7 @@ class OneModel(ModelManager):
 
     def __init__(self, directory: Path, **options: Any):
         self._loaded = load(directory, **options)
+        choose_threads(self._loaded[0])
         super().__init__(force_model=directory.resolve().name)
 
     @staticmethod

@@ -16,6 +16,7 @@ logs for TensorBoard if that is. Adapters are merged into the result and also ke
 
 import argparse
 import json
+import math
 import os
 import signal
 from dataclasses import asdict, dataclass, field, fields
@@ -26,14 +27,17 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from tools.chat import load
-from training.conversations import Collator, JsonLines, lengths_of
+from tools.threads import choose_threads
+from training.conversations import Collator, JsonLines, Outline, lengths_of
 from training.drawn_documents import DrawnDocuments
 from training.trainer import PARTS, LossLog, PartsTrainer, StopOnSignal, last_whole_checkpoint, part_of
 
+FIRST_REHEARSAL = 10**9  # a seed far from those of the documents that people draw for themselves
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,7 +49,9 @@ class Recipe:
         model: checkpoint directory, plain or quantised.
         output: directory of the result.
         data: JSON-lines file, or "documents" for drawn ones.
-        num_documents: how many documents to draw.
+        num_documents: how many documents to draw for "documents".
+        rehearsal: conversations about drawn documents to mix into those of a file, so that nano keeps what it can. The
+            file's own are repeated until they are as many.
         train: the parts that learn, of "tower", "projector" and "language".
         learning_rates: by part; parts left out use the trainer's.
         lora: arguments of `peft.LoraConfig`; empty for full fine-tuning.
@@ -63,6 +69,7 @@ class Recipe:
     output: str
     data: str = "documents"
     num_documents: int = 1000
+    rehearsal: int = 0
     train: list[str] = field(default_factory=lambda: list(PARTS))
     learning_rates: dict[str, float] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +87,8 @@ class Recipe:
             raise ValueError(
                 f"A model has the parts {', '.join(PARTS)}; the recipe names {', '.join(sorted(unknown))}."
             )
+        if self.rehearsal and self.data == "documents":
+            raise ValueError("`rehearsal` mixes drawn documents into the data of a file; leave it out with documents.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.quantize not in (None, "nf4"):
@@ -117,6 +126,23 @@ def check_keys(settings: dict[str, Any], kind: type, name: str) -> None:
             similar = get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"{name} has the unknown key {key}; it takes the fields of {kind.__name__}.{hint}")
+
+
+def training_data(recipe: Recipe) -> tuple[ConcatDataset, list[Outline]]:
+    """Return the conversations of a recipe and their outlines.
+
+    Raises:
+        ValueError: for a line of the file that cannot be trained on.
+    """
+    if recipe.data == "documents":
+        parts: list[JsonLines | DrawnDocuments] = [DrawnDocuments(recipe.num_documents)]
+    else:
+        own = JsonLines(Path(recipe.data))
+        parts = [own] * max(1, math.ceil(recipe.rehearsal / len(own)))
+        if recipe.rehearsal:
+            parts.append(DrawnDocuments(recipe.rehearsal, FIRST_REHEARSAL))
+    outlines = {part: [part.outline(index) for index in range(len(part))] for part in parts}
+    return ConcatDataset(parts), [outline for part in parts for outline in outlines[part]]
 
 
 def load_for_training(recipe: Recipe) -> tuple[nn.Module, Any]:
@@ -220,9 +246,7 @@ def finetune(recipe: Recipe) -> Path:
     arguments = training_arguments(recipe)
     if recipe.lora:
         adapter_config(recipe)
-    is_drawn = recipe.data == "documents"
-    dataset = DrawnDocuments(recipe.num_documents) if is_drawn else JsonLines(Path(recipe.data))
-    outlines = [dataset.outline(index) for index in range(len(dataset))]
+    dataset, outlines = training_data(recipe)
     set_seed(arguments.seed)  # all processes initialise the adapters alike
     model, processor = load_for_training(recipe)
     lengths = lengths_of(outlines, processor, recipe.max_length)
@@ -239,6 +263,7 @@ def finetune(recipe: Recipe) -> Path:
         lengths=lengths if recipe.group_by_length else None,
     )
     claim(recipe)
+    choose_threads(model)  # after the trainer has moved it to its device
     checkpoint = last_whole_checkpoint(Path(arguments.output_dir))
     is_first = trainer.is_world_process_zero()
     if checkpoint and is_first:
