@@ -27,6 +27,7 @@ from documents.generator import KINDS, LONG_KINDS, NUM_LAYOUTS, document
 from documents.questions import Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
 from evaluation import ROOT
 from tools.chat import load
+from tools.command_line import progress
 
 SPLIT = "heldout"
 TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
@@ -195,16 +196,17 @@ def mean(values) -> float | None:
 def evaluate(model, processor, questions: list[Question], batch_size: int) -> list[dict]:
     """Return a row for each question: its text, the right answer, the answer given, flags and scores."""
     rows: list[dict] = []
-    for batch in batches(questions, batch_size):
-        for question, given in zip(batch, answer(model, processor, batch), strict=True):
-            turn = question.turn
-            rows.append(
-                {"task": turn.task, "kind": question.kind, "question": turn.question, "wanted": turn.answer}
-                | {"given": given, "seen_font": question.seen_font, "seen_layout": question.seen_layout}
-                | {"seen_phrasing": turn.seen}
-                | score(question, given)
-            )
-        print(f"{len(rows)} of {len(questions)}", end="\r", flush=True)
+    with progress(total=len(questions), desc="Asking", unit="question") as bar:
+        for batch in batches(questions, batch_size):
+            for question, given in zip(batch, answer(model, processor, batch), strict=True):
+                turn = question.turn
+                rows.append(
+                    {"task": turn.task, "kind": question.kind, "question": turn.question, "wanted": turn.answer}
+                    | {"given": given, "seen_font": question.seen_font, "seen_layout": question.seen_layout}
+                    | {"seen_phrasing": turn.seen}
+                    | score(question, given)
+                )
+            bar.update(len(batch))
     return rows
 
 
@@ -237,7 +239,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
-    print(f"\n{markdown(report)}\n{json.dumps(report)}")
+    print(f"{markdown(report)}\n{json.dumps(report)}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
     python -m pretraining.curve docs/log/nano/*.jsonl --out docs/images/nano_curve.png
 
-It needs matplotlib. Each argument is the log of a run; vertical lines separate the runs.
+It needs matplotlib. Each argument is the log of a run; vertical lines separate the runs,
+whose names stand above the plot.
 """
 
 import argparse
 import json
 from pathlib import Path
+
+LABEL_WIDTH = 0.018  # of a line of text, as a part of the plot's width
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -32,7 +35,7 @@ def draw_curve(logs: list[Path], path: Path) -> None:
         raise ImportError("The curve is drawn with matplotlib: pip install matplotlib.") from error
     figure = Figure(figsize=(9, 4.2))
     axes = figure.subplots()
-    start = 0.0
+    start, runs = 0.0, []
     for log in logs:
         entries = read_log(log)
         held_out = [entry for entry in entries if entry.get("held out") and "answers" in entry]
@@ -41,9 +44,13 @@ def draw_curve(logs: list[Path], path: Path) -> None:
         for key, colour in (("tokens", "tab:blue"), ("answers", "tab:orange")):
             points = [start + entry["minutes"] for entry in held_out], [entry[key] for entry in held_out]
             axes.plot(*points, "o-", color=colour, markersize=4)
-        axes.text(start + 1, 0.02, log.stem.split("-", 1)[-1], fontsize=8, rotation=90, va="bottom")
+        runs.append((log.stem.split("-", 1)[-1], start + entries[-1]["minutes"] / 2))
         start += entries[-1]["minutes"]
         axes.axvline(start, color="0.6", linewidth=0.6)
+    middle = -start
+    for name, wanted in runs:  # above the plot, each in the middle of its run, or right of the name before
+        middle = max(wanted, middle + start * LABEL_WIDTH)
+        axes.text(middle, 1.02, name, fontsize=8, rotation=90, ha="center", va="bottom")
     for label, colour in (
         ("training, tokens", "0.8"),
         ("held out, tokens", "tab:blue"),

@@ -1,10 +1,13 @@
 """`tools.adopt` opens published checkpoints, and refuses damaged ones with a sentence that says what is wrong."""
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ import torch
 from nemotron_vl.checkpoint import INDEX_FILE, SINGLE_FILE, read_header
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import GOLDEN, golden_formats, load_weights, read_golden_cases
 from tools import ROOT
+from tools import adopt as command
 from tools.adopt import main
 from tools.weights import make_index
 
@@ -134,6 +139,17 @@ def test_an_adopted_checkpoint_holds_theirs_and_ours(source, capsys):
     assert "Every tensor fits the model." in said and f"path = {str(out)!r}" in said
 
 
+def test_the_hint_to_load_it_runs_and_says_dtype_as_the_pages_do(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "adopted"
+    assert main([str(source), "--out", str(out)]) == 0
+    hint = capsys.readouterr().out.partition("Load it:\n")[2]
+    assert ' dtype="auto"' in hint
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (80, 60)).save("page.png")
+    exec(textwrap.dedent(hint), {})
+    assert capsys.readouterr().out.endswith("\n")
+
+
 def test_the_config_becomes_ours_and_keeps_what_it_said(source):
     before = read(source / "config.json")
     config = read(adopt(source) / "config.json")
@@ -221,6 +237,60 @@ def test_weights_are_linked_unless_copies_are_wanted(source, capsys):
     out = adopt(source, "--copy")
     assert not any((out / name).samefile(source / name) for name in SHARDS)
     assert (out / SHARDS[0]).read_bytes() == (source / SHARDS[0]).read_bytes()
+
+
+class StoppingBar(contextlib.AbstractContextManager):
+    """A progress bar that counts, and presses Ctrl-C after some pieces."""
+
+    def __init__(self, pieces: int):
+        self.pieces, self.copied, self.options = pieces, 0, {}
+
+    def __call__(self, **options):
+        self.options = options
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, num_bytes: int) -> None:
+        self.copied += num_bytes
+        self.pieces -= 1
+        if self.pieces == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_copy_that_was_stopped_goes_on_where_it_was(source, tmp_path, monkeypatch, capsys):
+    out, total = tmp_path / "copied", sum((source / name).stat().st_size for name in SHARDS)
+    monkeypatch.setattr(command, "COPIED_AT_ONCE", total // 10)
+    monkeypatch.setattr(command, "progress", first := StoppingBar(7))
+    with pytest.raises(KeyboardInterrupt):
+        main([str(source), "--out", str(out), "--copy"])
+    assert not out.exists() and "The same command goes on where it was" in capsys.readouterr().err
+    monkeypatch.setattr(command, "progress", second := StoppingBar(-1))
+    assert main([str(source), "--out", str(out), "--copy"]) == 0
+    assert second.options["initial"] == first.copied > 0 and second.copied == total - first.copied
+    assert [(out / name).read_bytes() for name in SHARDS] == [(source / name).read_bytes() for name in SHARDS]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".copied")] == []
+
+
+def test_a_stopped_copy_of_weights_that_have_changed_begins_again(source, tmp_path, monkeypatch):
+    out = tmp_path / "copied"
+    monkeypatch.setattr(command, "progress", StoppingBar(1))
+    with pytest.raises(KeyboardInterrupt):
+        main([str(source), "--out", str(out), "--copy"])
+    for name in SHARDS:
+        os.utime(source / name, ns=(1, 1))
+    monkeypatch.setattr(command, "progress", again := StoppingBar(-1))
+    assert main([str(source), "--out", str(out), "--copy"]) == 0
+    assert again.options["initial"] == 0
+    assert {path.name for path in out.iterdir()} == {*SHARDS, *command.inspect(source).files}
+
+
+def test_a_copy_that_has_no_room_is_refused_before_it_begins(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1000))
+    with pytest.raises(OSError, match="0.0 GB free, and 0.0 GB of weights are left to copy"):
+        main([str(source), "--out", str(tmp_path / "copied"), "--copy"])
+    assert not (tmp_path / "copied").exists() and not list(tmp_path.glob(".copied*/*"))
 
 
 def test_weights_of_another_file_system_are_linked_by_name(source, monkeypatch, capsys):

@@ -262,3 +262,15 @@ def test_the_curve_of_several_runs_is_drawn(tmp_path):
     draw_curve(sorted(tmp_path.glob("*.jsonl")), tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.width > 500
+
+
+def test_the_names_of_short_runs_do_not_overlap_in_the_curve(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure", reason="pip install matplotlib").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    draw_curve(sorted((ROOT / "docs" / "log" / "nano").glob("*.jsonl")), tmp_path / "curve.png")
+    (axes,) = drawn[0].axes
+    drawn[0].canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 17 and all(box.y0 >= axes.bbox.y1 for box in boxes)  # above the plot
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))

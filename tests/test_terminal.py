@@ -1,7 +1,9 @@
 """Every command in a terminal: its help, one sentence for a mistake, Ctrl-C, progress, and the package of `pip install`."""
 
+import io
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +175,19 @@ def test_ctrl_c_ends_questions_of_the_command_line(monkeypatch):
     monkeypatch.setattr(chat, "load", lambda directory: (Slow(), processor))
     with pytest.raises(KeyboardInterrupt):
         chat.main([str(RECEIPT), "--question", "A long one?", "Is it paid?"])
+
+
+# --- progress ---
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_progress_shows_the_time_left_on_a_terminal_and_nothing_elsewhere(on_terminal, monkeypatch):
+    written = io.StringIO()
+    written.isatty = lambda: on_terminal
+    monkeypatch.setattr(sys, "stderr", written)
+    assert list(command_line.progress(range(3), desc="Copying", mininterval=0)) == [0, 1, 2]
+    assert (re.search(r"Copying: +\d+%.*\d/3 \[\d\d:\d\d<", written.getvalue()) is not None) == on_terminal
+    assert on_terminal or written.getvalue() == ""
 
 
 # --- pip install . ---

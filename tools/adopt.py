@@ -2,7 +2,7 @@
 
     python -m tools.adopt SOURCE --check          # only report; also reads every weight, for NaN and infinity
     python -m tools.adopt SOURCE --out DIR        # weights are linked and take no space
-    python -m tools.adopt SOURCE --out DIR --copy
+    python -m tools.adopt SOURCE --out DIR --copy # a copy that was stopped goes on when the command is repeated
 
 SOURCE stays as it is. Before anything is written, every tensor is checked by its safetensors header against the model
 that the source's config.json describes; if anything is wrong, the report says what, and nothing is written. A linked
@@ -28,7 +28,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import ROOT
-from .command_line import command_parser, require_directory
+from .command_line import command_parser, progress, require_directory
 from .weights import (
     CONFIG_ERRORS,
     MODELS,
@@ -45,6 +45,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token")
 FOLDERS = {NemotronVLConfig.model_type: ROOT, NemotronVLV2Config.model_type: ROOT / "v2"}
 # A tokenizer without a context length says 10^30.
 LARGEST_CONTEXT = 10**9
+COPIED_AT_ONCE = 1 << 24  # bytes
 
 TEMPLATE_PROBES: list[dict[str, Any]] = [
     {"conversations": [[{"role": "user", "content": " <image>\nWhat is the total? "}]], "add_generation_prompt": True},
@@ -350,30 +351,77 @@ def write(found: Inspection, out: Path, copy: bool = False) -> str:
     Args:
         found: an inspection without problems.
         out: directory to fill; made if absent.
-        copy: copy the weights instead of linking them.
+        copy: copy the weights instead of linking them. A copy that was stopped goes on where it was.
 
     Returns:
         how the weights got there: "hard-linked", "linked" (symbolic) or "copied".
+
+    Raises:
+        OSError: if the disk has no room for the copy, before anything is copied.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    how = set()
+    if copy:
+        staging = out.parent / f".{out.name}.adopting"  # stays when the copy is stopped
+        staging.mkdir(exist_ok=True)
+        try:
+            copy_weights([found.source / name for name in found.weights.files], staging)
+        except KeyboardInterrupt:
+            print(f"\nStopped. The same command goes on where it was; {staging} holds the copy.", file=sys.stderr)
+            raise
+        _publish(found, staging, out)
+        staging.rmdir()
+        return "copied"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        staging = Path(folder)
-        for name in found.weights.files:
-            how.add(_bring(found.source / name, staging / name, copy))
-        for name, content in found.files.items():
-            (staging / name).write_bytes(content)
-        out.mkdir(exist_ok=True)
-        for path in staging.iterdir():
-            os.replace(path, out / path.name)
+        how = {_link(found.source / name, Path(folder) / name) for name in found.weights.files}
+        _publish(found, Path(folder), out)
     return " and ".join(sorted(how))
 
 
-def _bring(source: Path, target: Path, copy: bool) -> str:
+def _publish(found: Inspection, staging: Path, out: Path) -> None:
+    for name, content in found.files.items():
+        (staging / name).write_bytes(content)
+    out.mkdir(exist_ok=True)
+    for name in (*found.weights.files, *found.files):
+        os.replace(staging / name, out / name)
+
+
+def copy_weights(sources: list[Path], folder: Path) -> None:
+    """Copy files into a folder, with a bar; what an earlier, stopped copy of the same files left is not copied again.
+
+    Raises:
+        OSError: if the disk has no room for what is left to copy, before anything is copied.
+    """
+    # A file is the same while its size and time are, so a part names both; a part of another file is left behind.
+    states = [source.stat() for source in sources]
+    parts = [
+        folder / f"{source.name}.{state.st_size}.{state.st_mtime_ns}"
+        for source, state in zip(sources, states, strict=True)
+    ]
+    for old in set(folder.iterdir()) - set(parts):
+        old.unlink()
+    total, done = sum(state.st_size for state in states), sum(part.stat().st_size for part in parts if part.exists())
+    free = shutil.disk_usage(folder).free
+    if total - done > free:
+        raise OSError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and {(total - done) / 1e9:.1f} GB of weights are left to copy. "
+            "Make room, choose another --out, or leave out --copy: links take no space."
+        )
+    with progress(total=total, initial=done, unit="B", unit_scale=True, desc="Copying") as bar:
+        for source, part in zip(sources, parts, strict=True):
+            with source.open("rb") as reading, part.open("ab") as writing:
+                reading.seek(writing.tell())
+                while piece := reading.read(COPIED_AT_ONCE):
+                    writing.write(piece)
+                    bar.update(len(piece))
+    for source, state, part in zip(sources, states, parts, strict=True):
+        if part.stat().st_size != state.st_size:  # the source has changed, or two commands write the same copy
+            part.unlink()
+            raise OSError(f"The copy of {source} has another size than it had. Repeat the command.")
+        part.replace(folder / source.name)
+
+
+def _link(source: Path, target: Path) -> str:
     source = source.resolve()  # a Hub cache holds links to its blobs
-    if copy:
-        shutil.copyfile(source, target)
-        return "copied"
     try:
         os.link(source, target)
         return "hard-linked"

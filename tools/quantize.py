@@ -36,7 +36,7 @@ from nemotron_vl.quantization_nemotron_vl import (
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
-from .command_line import command_parser, usable_device
+from .command_line import command_parser, progress, usable_device
 from .weights import model_class
 
 PROCESSORS = {NemotronVLConfig.model_type: NemotronVLProcessor, NemotronVLV2Config.model_type: NemotronVLV2Processor}
@@ -268,7 +268,7 @@ def scale_for_awq(
     model: nn.Module, statistics: dict[str, InputStatistics], group_size: int, keep: Iterable[str] = ()
 ) -> None:
     """Move magnitude between layers so that AWQ's rounding hurts least; the model computes the same as before."""
-    for block_name, block in blocks_of(model):
+    for block_name, block in progress(blocks_of(model), desc="Scaling", unit="block"):
         for names, source_name in groups_of(block, keep):
             if source_name is None:
                 continue
@@ -331,7 +331,7 @@ def quantize_model(
     if format_name == "awq" and statistics:
         scale_for_awq(model, statistics, group_size, keep)
     report = Report()
-    for block_name, block in blocks_of(model):
+    for block_name, block in progress(blocks_of(model), desc="Quantising", unit="block"):
         for names, _ in groups_of(block, keep):
             amax = torch.stack([block.get_submodule(name).weight.abs().amax() for name in names]).amax()
             for name in names:
@@ -454,9 +454,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{options.out} is not empty; name a new folder.")
     model = model_class(options.source).from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
     processor = PROCESSORS[model.config.model_type].from_pretrained(options.source)
-    statistics = calibrate(
-        model, picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
-    )
+    batches = picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
+    statistics = calibrate(model, progress(batches, total=len(options.calibration), desc="Calibrating"))
     report = quantize_model(model, options.format, statistics, options.group_size, options.keep)
     save(model, options.source, options.out)
     before, after = folder_size(options.source), folder_size(options.out)

@@ -30,7 +30,7 @@ from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL, NemotronH_N
 from nemotron_vl.quantization_nemotron_vl import is_quantised, pack_linears, packed_linears
 from safetensors import safe_open
 
-from .command_line import command_parser, require_checkpoint
+from .command_line import command_parser, progress, require_checkpoint
 
 # The classes of the family by the model_type of their configs.
 MODELS = {model.config_class.model_type: model for model in (Llama_Nemotron_Nano_VL, NemotronH_Nano_VL_V2)}
@@ -252,13 +252,16 @@ def count_prefix_tokens(vision_config: Any, report: WeightReport) -> None:
 def check_values(report: WeightReport) -> list[str]:
     """Read every number of the plain weights, and return a sentence if some are NaN or infinite."""
     broken = []
-    for file_name in sorted({tensor.file for tensor in report.tensors.values()}):
-        with safe_open(file_name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the file is no dict)
-                if report.tensors[key].dtype in PLAIN_DTYPES:
+    plain = {key: tensor for key, tensor in report.tensors.items() if tensor.dtype in PLAIN_DTYPES}
+    total = sum(tensor.num_bytes for tensor in plain.values())
+    with progress(total=total, unit="B", unit_scale=True, desc="Reading") as bar:
+        for file_name in sorted({tensor.file for tensor in plain.values()}):
+            with safe_open(file_name, framework="pt") as file:
+                for key in sorted(key for key, tensor in plain.items() if tensor.file == file_name):
                     pieces = file.get_tensor(key).flatten().split(VALUES_AT_ONCE)
                     num_broken = sum(int(piece.isfinite().logical_not().sum()) for piece in pieces)
                     broken += [f"{num_broken} of {key}"] if num_broken else []
+                    bar.update(plain[key].num_bytes)
     if not broken:
         return []
     return [f"{len(broken)} tensors hold numbers that are NaN or infinite: {_some(broken)}. Download them again."]
