@@ -5,7 +5,7 @@
     python -m tools.quantize DIR --format awq   --calibration *.png --out DIR-AWQ
 
 NVFP4 and FP8 are written as NVIDIA's modelopt 0.47 exports them, byte for byte for the same weights; AWQ as AutoAWQ's
-GEMM. Calibration runs the pictures through the model: NVFP4 and FP8 need the range of the activations for engines that
+GEMM. Calibration runs the images through the model: NVFP4 and FP8 need the range of the activations for engines that
 quantise those too, AWQ chooses by them how to spread a layer's error over its inputs. The result loads with the same
 `from_pretrained`, and in vLLM with `--quantization modelopt_fp4`, `modelopt` or `awq`.
 
@@ -170,7 +170,7 @@ class InputStatistics:
         total = self.num_tokens + len(inputs)
         self.mean = self.mean + (magnitudes.mean(0) - self.mean) * (len(inputs) / total)
         self.num_tokens = total
-        step = max(1, len(inputs) * 4 // NUM_SAMPLE_ROWS)  # a picture fills a quarter of the sample
+        step = max(1, len(inputs) * 4 // NUM_SAMPLE_ROWS)  # an image fills a quarter of the sample
         self.rows = torch.cat((self.rows, inputs[::step]))[-NUM_SAMPLE_ROWS:]
 
 
@@ -214,10 +214,10 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> d
     return statistics
 
 
-def picture_batches(
+def image_batches(
     processor: NemotronVLProcessor, files: list[Path], prompt: str, device: torch.device
 ) -> Iterable[dict[str, torch.Tensor]]:
-    """One batch of model inputs per picture."""
+    """One batch of model inputs per image."""
     for file in files:
         content = [{"type": "image", "image": file}, {"type": "text", "text": prompt}]
         inputs = processor.apply_chat_template(
@@ -440,10 +440,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="DIR", help="the BF16 checkpoint")
     parser.add_argument("--format", choices=sorted(FORMAT_NAMES), required=True)
     parser.add_argument(
-        "--calibration", type=Path, nargs="+", required=True, metavar="FILE", help="pictures of documents; 16 or more"
+        "--calibration", type=Path, nargs="+", required=True, metavar="FILE", help="images of documents; 16 or more"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="question asked about each picture: %(default)s")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="question about each image: %(default)s")
     parser.add_argument("--group-size", type=int, default=128, help="AWQ: inputs per scale (default %(default)s)")
     parser.add_argument(
         "--keep", nargs="+", default=[], metavar="LAYER", help="leave these alone: in_proj out_proj ..."
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{options.out} is not empty; name a new folder.")
     model = model_class(options.source).from_pretrained(options.source, torch_dtype="auto", device_map=options.device)
     processor = PROCESSORS[model.config.model_type].from_pretrained(options.source)
-    batches = picture_batches(processor, options.calibration, options.prompt, torch.device(options.device))
+    batches = image_batches(processor, options.calibration, options.prompt, torch.device(options.device))
     statistics = calibrate(model, progress(batches, total=len(options.calibration), desc="Calibrating"))
     report = quantize_model(model, options.format, statistics, options.group_size, options.keep)
     save(model, options.source, options.out)
@@ -469,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_layers": len(report.errors),
         "mean_relative_error": round(report.mean, 5),
         "worst_relative_error": round(report.errors[report.worst], 5),
-        "num_pictures": len(options.calibration),
+        "num_images": len(options.calibration),
     }
     print(json.dumps(summary))
     return 0
