@@ -11,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import transformers
 from PIL import Image
 
 from tools import ROOT, chat, command_line, demo
@@ -35,6 +36,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="the help is that of transformers 5; minutes of it"
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_answers_help(command):
     ended = run("-m", command, "--help")
