@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-OLD := $(CURDIR)/.venv-4.57
+OLD := .venv-4.57
 # Two processes with a thread each: a file's tests stay together and share their fixtures.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
@@ -33,11 +33,11 @@ test: $(VENV)/.dev  ## the fast suite, on the pinned transformers 5
 	$(PYTEST) -m "not slow and not gpu"
 
 test-4.57: $(OLD)/.run  ## the fast suite, on transformers 4.57
-	PYTHONPATH=$(OLD) $(PYTEST) -m "not slow and not gpu"
+	PYTHONPATH="$(CURDIR)/$(OLD)" $(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev $(OLD)/.run  ## the slow tests too, on both
 	$(PYTEST) -m "slow and not gpu"
-	PYTHONPATH=$(OLD) $(PYTEST) -m "slow and not gpu"
+	PYTHONPATH="$(CURDIR)/$(OLD)" $(PYTEST) -m "slow and not gpu"
 
 check: $(VENV)/.dev $(OLD)/.run  ## style, structure, and the fast suite on both versions
 	$(VENV)/bin/ruff check .
