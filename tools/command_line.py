@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import types
 from collections.abc import Iterable
@@ -102,4 +103,5 @@ def progress(steps: Iterable[Any] | None = None, **options: Any) -> Any:
     """
     from tqdm import tqdm  # comes with transformers; imported here so that `--help` answers without
 
-    return tqdm(steps, disable=None, dynamic_ncols=True, **options)
+    size = shutil.get_terminal_size()  # tqdm's own draws nothing on a terminal that says 0, as those of containers do
+    return tqdm(steps, disable=None, ncols=size.columns, nrows=size.lines, **options)
