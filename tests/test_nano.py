@@ -98,6 +98,7 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
 
     monkeypatch.setattr("builtins.input", type_or_end)
     monkeypatch.setattr(chat, "load", lambda directory: (Model(), nano[1]))
+    monkeypatch.setattr(chat, "choose_threads", lambda model: None)
     assert chat.main([str(RECEIPT), "--tiles", str(tmp_path / "tiles.png")]) == 0
     assert turns == [
         ("<image>\nIs it paid?", None, 1),

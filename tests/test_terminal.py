@@ -169,6 +169,7 @@ def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(monkeypatch, capsy
     model, processor = chat.load(ROOT / "nano")
     slow = Slow()
     monkeypatch.setattr(chat, "load", lambda directory: (slow, processor))
+    monkeypatch.setattr(chat, "choose_threads", lambda model: None)
     assert chat.main([str(RECEIPT)]) == 0
     assert slow.turns == [("<image>\nA long one?", None), ("<image>\nIs it paid?", None)]
     assert "The answer was stopped" in capsys.readouterr().out
@@ -177,6 +178,7 @@ def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(monkeypatch, capsy
 def test_ctrl_c_ends_questions_of_the_command_line(monkeypatch):
     _, processor = chat.load(ROOT / "nano")
     monkeypatch.setattr(chat, "load", lambda directory: (Slow(), processor))
+    monkeypatch.setattr(chat, "choose_threads", lambda model: None)
     with pytest.raises(KeyboardInterrupt):
         chat.main([str(RECEIPT), "--question", "A long one?", "Is it paid?"])
 
