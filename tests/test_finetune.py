@@ -424,6 +424,16 @@ def test_every_recipe_runs(path, checkpoint, data, tmp_path):
     assert moved_parts(checkpoint, output) == {names[part] for part in changed.train}
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("model: [nano", "is not YAML"), ("- model", "must hold keys and values"), ("", "must hold keys")],
+)
+def test_a_recipe_that_is_no_yaml_mapping_is_named(tmp_path, text, says):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml {says}"):
+        read_recipe(tmp_path / "recipe.yaml", [])
+
+
 def test_wrong_recipes_are_refused():
     with pytest.raises(ValueError, match=r"unknown key learn_rate; .* Did you mean learning_rates\?"):
         read_recipe(RECIPES[0], ["learn_rate=1"])

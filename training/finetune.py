@@ -98,8 +98,17 @@ class Recipe:
 
 
 def read_recipe(path: Path, changes: list[str]) -> Recipe:
-    """Read a recipe and apply `key=value` changes, values in YAML; `trainer.max_steps=3` reaches into a group."""
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """Read a recipe and apply `key=value` changes, values in YAML; `trainer.max_steps=3` reaches into a group.
+
+    Raises:
+        ValueError: for a file that is no YAML mapping, a change of another form, and unknown or missing keys.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold keys and values, as `model: nano`; it holds {settings!r:.80}.")
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
