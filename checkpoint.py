@@ -24,7 +24,7 @@ from transformers.utils import hub
 
 from .configuration_nemotron_vl import HUB_ARGUMENTS, MIXTURE_OF_EXPERTS
 
-# Arguments of `from_pretrained` that stay with transformers although configs have attributes of the same names.
+# Arguments of `from_pretrained` that are never written into the config, whatever attributes it has.
 NO_CONFIG_OVERRIDES = (
     *("config", "dtype", "torch_dtype", "quantization_config", "attn_implementation", "trust_remote_code"),
     *("dequantize", "use_safetensors", "output_loading_info", "generation_config"),

@@ -594,8 +594,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
       on white; on black where white hides what the image shows; an alpha of 0 everywhere is ignored. I;16 is read as
       0..65535; I too, or as 0..255 if nothing is above 255; F as 0..1, or as 0..255 if something is above 1. A TIFF
       that was not copied or converted is read by its own tags instead: 12 bits as 0..4095, unsigned 32 bits up to
-      2^32 - 1, and WhiteIsZero with 0 as white. An image that was not decoded yet is decoded here, so decode it before sharing it
-      between threads.
+      2^32 - 1, and WhiteIsZero with 0 as white. An image that was not decoded yet is decoded here, so decode it before
+      sharing it between threads.
     * Files: a path, a `file:` or `data:` URL, base64 text, bytes, or a file object (binary and seekable; it is read
       from its start, its position stays). First frame, turned upright by the EXIF orientation, as transformers' own
       `load_image` does. Nothing is fetched from the network, EPS is not run; Pillow's limit on the number of pixels
