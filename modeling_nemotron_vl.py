@@ -38,6 +38,7 @@ from .packed_matmul import has_kernel as has_kernel
 from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
+from .torch_int4 import convert as convert
 from .triton_kernels import runs_kernels
 
 try:

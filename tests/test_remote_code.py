@@ -38,6 +38,7 @@ ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
     "c_compiler": "",
+    "torch_int4": "",
     "prompts": "",
     "image_processing": "",
     "checkpoint": "configuration_nemotron_vl",
@@ -45,12 +46,12 @@ ARROWS = {
     "packed_matmul": "triton_kernels",
     "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul torch_int4",
     "chat": "prompts",
     "processing_nemotron_vl": "prompts image_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul cpu_matmul c_compiler"  # the last three for 4.57, which copies direct imports alone
+        "prompts packed_matmul cpu_matmul c_compiler torch_int4"  # the last four for 4.57: it copies direct imports alone
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
