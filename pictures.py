@@ -564,6 +564,9 @@ class _PdfFile:
             atexit.register(_close_pdfs)  # after pypdfium2's own, so that it runs before
         _OPEN_PDFS.add(self)
         self._pdf: Any = None
+        self._pypdfium2 = (
+            pypdfium2  # transformers refuses to load a file with imports of absent packages outside `try`
+        )
         with _PDFIUM_LOCK:
             try:
                 self._pdf = pypdfium2.PdfDocument(
@@ -618,11 +621,9 @@ class _PdfFile:
                 layer.close()
 
     def image(self, index: int, height: int, width: int) -> Image.Image:
-        import pypdfium2
-        import pypdfium2.raw as pdfium
-
+        pdfium = self._pypdfium2.raw
         with self._page(index) as page:
-            bitmap = pypdfium2.PdfBitmap.new_native(width, height, pdfium.FPDFBitmap_BGRx)
+            bitmap = self._pypdfium2.PdfBitmap.new_native(width, height, pdfium.FPDFBitmap_BGRx)
             try:
                 bitmap.fill_rect((255, 255, 255, 255), 0, 0, width, height)
                 place = (bitmap.raw, page.raw, 0, 0, width, height, 0, pdfium.FPDF_ANNOT)
