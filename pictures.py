@@ -31,6 +31,8 @@ MAX_NESTING = 100  # lists inside lists of images: a list that contains itself g
 MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 image passes every limit on area and needs 800 GB on the way
 POINTS_PER_INCH = 72
 NATURAL_DPI = 150  # at this size a page of a PDF chooses its tiles, as a scan would; it is drawn at the tiles' size
+# The frames of other formats are not pages but layers, sizes of an icon, or a camera's preview: they have one page.
+PAGED_FORMATS = ("TIFF", "GIF", "WEBP", "PNG", "AVIF")
 PDF_START = b"%PDF-"
 PDF_START_WITHIN = 1024  # bytes: where readers look for it, because some programs write something before it
 
@@ -645,7 +647,7 @@ class _ImageFile:
         self._image = _open(source) if self._is_own else source
         self._lock = threading.Lock()
         self._frame = self._image.tell() if hasattr(self._image, "tell") else 0
-        self.num_pages = getattr(self._image, "n_frames", 1)
+        self.num_pages = getattr(self._image, "n_frames", 1) if self._image.format in PAGED_FORMATS else 1
 
     def close(self) -> None:
         if self._is_own:

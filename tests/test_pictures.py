@@ -306,6 +306,12 @@ def test_frames_of_an_image_file_are_its_pages(tmp_path, suffix):
     assert load_image(path).getpixel((5, 5)) == (255, 0, 0)
 
 
+def test_frames_that_are_no_pages_are_left_out():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    assert Image.open(buffer).n_frames == 2 and len(open_document(buffer.getvalue())) == 1
+
+
 def test_a_callers_image_stays_at_its_frame():
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 10).save(buffer, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8), 200)])
