@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -434,3 +435,35 @@ def test_a_sample_beyond_the_context_fails_alone_and_a_benchmark_without_data_fa
     assert docvqa["samples"] == 8 and docvqa["failed"] == 1
     refused = [kept for kept in AnswerFile(tmp_path / "o").rows.values() if kept["error"]]
     assert len(refused) == 1 and refused[0]["doc_id"] == 1 and "tokens" in refused[0]["error"]
+
+
+@pytest.mark.slow
+def test_the_installation_of_the_manual_scores_nano(tmp_path):
+    """The commands of docs/evaluation.md in an empty environment; what needs WordNet, which is elsewhere, is left out."""
+    manual = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    block = manual.split("```bash\n", 1)[1].split("```", 1)[0]
+    installs = [line for line in block.splitlines() if line.startswith("pip install")]
+    assert len(installs) == 2
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    for line in installs:
+        words = shlex.split(line)
+        words[-1] = words[-1].replace(".[", f"{ROOT}[")
+        install = subprocess.run([python, "-m", *words], capture_output=True, text=True)
+        if install.returncode and "No matching distribution" in install.stderr:
+            pytest.skip(f"no package index: {install.stderr.strip().splitlines()[-1]}")
+        assert install.returncode == 0, install.stderr[-3000:]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    made = subprocess.run(
+        [python, "-m", "tests.benchmark_data", tmp_path / "data", "4"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    tasks = [task for task in BENCHMARKS if task != "ocrbench_v2"]
+    options = ["nano", "--data", tmp_path / "data", "--styles", "plain", "--tasks", *tasks, "--out", tmp_path / "out"]
+    run = run_score(*options, python=python)
+    assert run.returncode == 0, run.stderr[-3000:] + run.stdout
+    assert {(done["task"], done["samples"]) for done in report_of(run)["runs"]} == {(task, 4) for task in tasks}
