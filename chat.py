@@ -319,8 +319,6 @@ class ChatMixin:
             tiles: the tiles of all prompts in order, or features instead of them.
             name: the argument of `generate` that takes these, `pixel_values` or `visual_features`.
         """
-        device = self.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
         ids, mask = _pad_left([prompt.input_ids for prompt in prompts], options.pad_token_id)
         cache, new_tiles = extra_options.get("past_key_values"), tiles
         if isinstance(cache, ChatCache):
@@ -329,8 +327,8 @@ class ChatMixin:
         if options.stop_strings is not None:
             extra_options = {"tokenizer": tokenizer, **extra_options}
         output = self.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
             generation_config=options,
             streamer=streamer,
             **({} if new_tiles is None else {name: new_tiles}),
