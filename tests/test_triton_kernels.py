@@ -36,7 +36,7 @@ def pretended_triton(monkeypatch):
         for module, names in (
             (triton_kernels, ["_count_kernel"]),
             (decode_attention, ["_partial_kernel", "_join_kernel"]),
-            (packed_matmul, ["_fp8_kernel", "_nvfp4_kernel"]),
+            (packed_matmul, ["_fp8_kernel", "_nvfp4_kernel", "_awq_kernel", "_gemm_kernel", "_join_kernel"]),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, Kernel(call), raising=False)
@@ -161,10 +161,15 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(pretended_triton, m
     triton_kernels._runs_trial(torch.device("cpu"))
     states = [torch.zeros(1, 2, places, 16) for places in (1, 5, 5)]
     decode_attention._launch(*states, torch.ones(1, 1, 1, 5, dtype=torch.bool), 1.0)
-    byte, scale = torch.zeros(8, 16, dtype=torch.uint8), torch.ones(())
-    for block_scales in (None, byte[:, :1]):
-        packed_matmul._launch(torch.zeros(1, 16), byte, scale, block_scales)
-    assert len(launched) == 5 and all(devices == [torch.device("cpu")] for devices in launched)
+    words = torch.zeros(32, 8, dtype=torch.int32)
+    for format_name, stored in {
+        "FP8": [words.view(torch.uint8), torch.ones(())],
+        "NVFP4": [words, words.view(torch.uint8)[:, :4], torch.ones(())],
+        "W4A16_AWQ": [words, torch.ones(64, 1)],
+        "AWQ GEMM": [words, words[:1], torch.ones(1, 64)],
+    }.items():
+        packed_matmul._launch(format_name, torch.zeros(1, 32), stored)
+    assert len(launched) == 8 and all(devices == [torch.device("cpu")] for devices in launched)
 
 
 @needs_kernels
@@ -193,6 +198,69 @@ def test_machine_code_of_the_attention_spills_no_registers(dtype):
             assert code.shared <= 48 * 1024  # which every GPU has
             products = sum("HMMA" in instruction for loop in code.loops for instruction in loop)
             assert products or dtype == "fp32" or kernel is decode_attention._join_kernel
+
+
+PACKED = {
+    "NVFP4": (packed_matmul._nvfp4_kernel, packed_matmul.NVFP4_TILES, {"words": "*i32", "block_scales": "*u8"}),
+    "FP8": (packed_matmul._fp8_kernel, packed_matmul.FP8_TILES, {"weight": "*u8"}),
+} if triton_kernels.triton is not None else {}  # fmt: skip
+SIZES = ("num_inputs", "num_outputs")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name, most", [("NVFP4", 4.5), ("FP8", 4.2)])
+def test_machine_code_of_packed_products_takes_few_instructions_a_weight(name, most):
+    """More, and a decode step of an H100 waits for instructions instead of memory. Up to four rows share a decoding."""
+    kernel, tiles, pointers = PACKED[name]
+    pointers = {"inputs": "*bf16", "outputs": "*bf16", "scale": "*fp32", **pointers}
+    single = None
+    for rows, (outputs, inputs) in tiles.items():
+        constants = {"ROWS": rows, "OUTPUTS": outputs, "INPUTS": inputs, "HARDWARE": True}
+        code = compile_kernel(kernel, pointers, constants, SIZES, 90)
+        counted = code.per_item(outputs * inputs)
+        single = single or counted
+        assert not code.spilled and counted <= (most if rows == 1 else rows * single), (rows, counted)
+    longest = max(code.loops, key=len)
+    assert sum("STG" in instruction or "ATOM" in instruction for instruction in longest) == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_machine_code_of_packed_products_spills_no_registers():
+    """On every GPU, in every dtype, with the instruction for e4m3 and without."""
+    for architecture in (75, *ARCHITECTURES):
+        for dtype in ("bf16", "fp16", "fp32") if architecture in (80, 90) else ("fp16",):
+            shared = {"inputs": f"*{dtype}", "outputs": f"*{dtype}", "scale": "*fp32"}
+            cases = [
+                (
+                    kernel,
+                    pointers,
+                    {"ROWS": rows, "OUTPUTS": outputs, "INPUTS": inputs, "HARDWARE": architecture >= 89},
+                )
+                for kernel, tiles, pointers in PACKED.values()
+                for rows, (outputs, inputs) in tiles.items()
+            ]
+            awq = {"words": "*i32", "scales": "*fp32"}
+            cases.append((packed_matmul._awq_kernel, awq, {"PAIRS": packed_matmul.AWQ_PAIRS, "GROUP": 128}))
+            gemm = {"INPUTS": packed_matmul.GEMM_INPUTS, "WORDS": packed_matmul.GEMM_WORDS, "GROUP": 128}
+            awq = awq | {"zeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
+            cases.append((packed_matmul._gemm_kernel, awq, gemm))
+            for kernel, pointers, constants in cases:
+                code = compile_kernel(kernel, shared | pointers, constants, SIZES, architecture)
+                assert not code.spilled, (architecture, dtype, kernel, constants, code.spilled)
+                assert code.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("num_multiprocessors", [40, 108, 132])
+def test_every_multiprocessor_gets_programs_at_the_shapes_of_the_8b(num_multiprocessors):
+    """Key and value projections have 1,024 outputs, and so too few programs of the largest size."""
+    for num_outputs in (1024, 4096, 14336):
+        for most in (8, 4, packed_matmul.AWQ_PAIRS):
+            count = packed_matmul.outputs_per_program(num_outputs, most, num_multiprocessors)
+            assert num_outputs / count >= 2 * num_multiprocessors and (count == most or most % count == 0)
+        parts = packed_matmul.parts_of_inputs(num_outputs // 8, 1, 32, num_multiprocessors)
+        assert num_outputs // 128 * parts >= 2 * num_multiprocessors or parts == 32
 
 
 @pytest.mark.slow
