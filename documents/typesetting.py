@@ -6,17 +6,20 @@
 the first. A seed always gives the same print.
 """
 
+import argparse
 import io
 import math
 import random
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from documents import fonts
+from documents.contents import KINDS, make_page
 from documents.fonts import Typeface
 from documents.pages import Line, Page
 
@@ -370,3 +373,33 @@ def add_noise_and_shade(image: Image.Image, wear: Wear, seed: int) -> Image.Imag
         rows, columns = (np.arange(height) + top) % 1024, (np.arange(width) + left) % 1024
         pixels = pixels + wear.noise * noise_field()[rows[:, None], columns[None]]
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def contact_sheet(num_columns: int = 7, num_rows: int = 3) -> Image.Image:
+    """Draw one column for each kind of page, with held-out ones in the last row."""
+    width, height, gap = 230, 330, 8
+    sheet = Image.new("RGB", (num_columns * (width + gap) + gap, num_rows * (height + gap) + gap), (120, 124, 130))
+    for column, kind in enumerate(KINDS):
+        for row in range(num_rows):
+            split = "heldout" if row == num_rows - 1 else "train"
+            seed = 100 * column + row
+            image = draw(set_page(make_page(seed, split, kind), seed, split), seed, split)
+            scale = min(width / image.width, height / image.height)
+            image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.LANCZOS)
+            left, top = gap + column * (width + gap), gap + row * (height + gap)
+            sheet.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", type=Path)
+    path = parser.parse_args().image
+    fonts.require("train", "heldout")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet().save(path, quality=80)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,9 +44,19 @@ from pretraining.reading import (
     new_tokenizer,
     sample_batches,
 )
-from pretraining.tower import NUM_PATCH_SLOTS, NUM_SLOTS, TOWER, Anchors, GlyphTower, accuracy, glyph_loss
+from pretraining.tower import (
+    NUM_PATCH_SLOTS,
+    NUM_SLOTS,
+    Anchors,
+    GlyphTower,
+    accuracy,
+    add_size_options,
+    glyph_loss,
+    sizes_of,
+)
 
 GLYPH_LOSS_WEIGHT = 0.3
+READABLE_TYPE_HEIGHT = [15, 70]  # px in the tiles: nearly all pages that training draws
 HEADS = ("tower.token_head.", "tower.patch_head.", "language.cell_embedding.")  # the checkpoint does not hold them
 
 
@@ -99,6 +109,7 @@ def export(nano: Nano, tower: dict[str, float], directory: Path, max_num_tiles: 
     """Write the checkpoint in the published layout, and beside it the heads that further training needs."""
     tokenizer = new_tokenizer()
     model = build_model(tokenizer, tower=tower)
+    model.config.readable_type_height = READABLE_TYPE_HEIGHT
     model.vision_model.load_state_dict(nano.tower.vision_model.state_dict())
     model.mlp1.load_state_dict(nano.tower.mlp1.state_dict())
     model.language_model.load_state_dict(nano.language.language_model.state_dict())
@@ -119,7 +130,7 @@ def main() -> None:
     parser.add_argument("--free-attention", action="store_true", help="train also where the tower's heads look")
     parser.add_argument("--cells", type=share, default=0.3, help="share of steps on cells instead of images")
     parser.add_argument("--noise", type=float, default=0.1, help="of their visual tokens, relative to the deviation")
-    parser.add_argument("--width", type=int, default=TOWER["embed_dim"])
+    add_size_options(parser)
     parser.add_argument("--measure-every", type=float, default=10, help="minutes")
     add_mixture_options(parser, exercises=0.1, exercise_lines=8, skip_blank=0.0)
     arguments = parser.parse_args()
@@ -132,7 +143,7 @@ def main() -> None:
 
     tokenizer = new_tokenizer()
     encoder = CellEncoder(tokenizer)
-    sizes = TOWER | {"embed_dim": arguments.width}
+    sizes = sizes_of(arguments)
     nano = Nano(len(tokenizer), GlyphTower(build_model(tokenizer, arguments.seed, sizes)))
     run = Run(arguments.output, arguments.minutes, time.process_time)
     if not run.resume(nano):

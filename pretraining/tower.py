@@ -42,7 +42,7 @@ from pretraining.nano import build_model
 from pretraining.random_text import random_page
 from pretraining.reading import CellEncoder, CellLanguageModel, new_tokenizer
 
-TOWER = {"embed_dim": 192, "depth": 3, "num_heads": 8, "mlp_ratio": 2.0}
+TOWER = {"embed_dim": 192, "depth": 5, "num_heads": 8, "mlp_ratio": 2.0}
 NUM_SLOTS, NUM_PATCH_SLOTS = 4, 2
 PATCHES = 2 * SIDE  # along a tile
 TILE = 512
@@ -175,6 +175,15 @@ def look_at_neighbours(tower: GlyphTower, patches: torch.Tensor) -> None:
         block.attn.proj.weight.mul_(0.5)
         block.attn.proj.weight[num_contents:] = 0
         block.mlp.fc2.weight[num_contents:] = 0
+
+
+@torch.no_grad()
+def silence(tower: GlyphTower) -> None:
+    """Let every block give back what it gets."""
+    for block in tower.vision_model.radio_model.model.blocks:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.zero_()
+            layer.bias.zero_()
 
 
 class Anchors:
@@ -315,6 +324,16 @@ def measure(tower: GlyphTower, pages: list[tuple]) -> dict[str, float]:
     }
 
 
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--width", type=int, default=TOWER["embed_dim"])
+    parser.add_argument("--depth", type=int, default=TOWER["depth"], help="may be more than that of --start-from")
+
+
+def sizes_of(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the sizes of the tower of a command line."""
+    return TOWER | {"embed_dim": arguments.width, "depth": arguments.depth}
+
+
 def main() -> None:
     parser = run_parser(__doc__, minutes=60, batch_size=8, muon_lr=0.02, adamw_lr=1e-3, threads=1)
     parser.add_argument("--start-from", type=Path, help="run to continue")
@@ -324,7 +343,7 @@ def main() -> None:
     parser.add_argument("--random-text", type=float, default=0.5, help="share of pages of random text")
     parser.add_argument("--measure-every", type=float, default=5, help="minutes")
     parser.add_argument("--free-attention", action="store_true", help="train also where heads look")
-    parser.add_argument("--width", type=int, default=TOWER["embed_dim"])
+    add_size_options(parser)
     arguments = parser.parse_args()
     prepare_torch(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -332,7 +351,7 @@ def main() -> None:
 
     tokenizer = new_tokenizer()
     encoder = CellEncoder(tokenizer)
-    model = build_model(tokenizer, arguments.seed, TOWER | {"embed_dim": arguments.width})
+    model = build_model(tokenizer, arguments.seed, sizes_of(arguments))
     tower = GlyphTower(model, looks_at_neighbours=not arguments.free_attention)
     teacher = None
     if arguments.imitate:
@@ -341,14 +360,14 @@ def main() -> None:
     run = Run(arguments.output, arguments.minutes, time.process_time)
     strips = Strips(arguments.max_num_tiles, arguments.strip, arguments.random_text, encoder)
     if not run.resume(tower):
+        generator = tower.vision_model.radio_model.model.patch_generator
+        conditioner = tower.vision_model.radio_model.input_conditioner
+        pixels = Strips(arguments.max_num_tiles, 8, 0.5, encoder).batch(64, 10**9, Look(degradation=0.3))[0]
+        patches = generator.patchify(conditioner(pixels)).flatten(0, 1)
+        look_at_neighbours(tower, patches[patches.std(-1) > 0.2])
         if arguments.start_from:
+            silence(tower)  # blocks that the earlier run lacks change nothing at first
             load_weights(tower, arguments.start_from / "model.safetensors", "tower.")
-        else:
-            generator = tower.vision_model.radio_model.model.patch_generator
-            conditioner = tower.vision_model.radio_model.input_conditioner
-            pixels = Strips(arguments.max_num_tiles, 8, 0.5, encoder).batch(64, 10**9, Look(degradation=0.3))[0]
-            patches = generator.patchify(conditioner(pixels)).flatten(0, 1)
-            look_at_neighbours(tower, patches[patches.std(-1) > 0.2])
     run.log({key: str(value) for key, value in vars(arguments).items()})
     train(tower, strips, run, arguments, teacher)
 

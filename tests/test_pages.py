@@ -8,9 +8,11 @@ import pytest
 from documents import asking, contents, fonts, typesetting
 from documents.asking import amount_of, ask, compare, read_out
 from documents.contents import KINDS, NUM_HELD_OUT, NUM_LAYOUTS, make_page
+from documents.example import LOOK, SEED, example_page
 from documents.pages import Line, Page, Piece
 from documents.questions import ABSENT, verdict_of
 from documents.typesetting import Look, draw, set_page
+from documents.values import split_of
 from documents.wording import LABELS, MAKERS
 from pretraining.cells import NONE, TOKENS_PER_TILE, cells_of, patch_classes, token_classes
 from pretraining.random_text import copying, looking_up, random_page
@@ -224,3 +226,17 @@ def test_jpeg_noise_and_shade_change_the_image_only_with_degradation():
     assert draw(setting, 1, degradation=0.0).tobytes() == draw(setting, 1, degradation=0.0).tobytes()
     assert any(draw(setting, seed, degradation=0.0).tobytes() != draw(setting, seed).tobytes() for seed in range(5))
     assert typesetting.random_wear(1, "train", 0.0).jpeg_quality == 0
+
+
+def test_the_receipt_of_the_demo_is_held_out():
+    page = example_page()
+    setting = set_page(page, SEED, "heldout", LOOK)
+    assert not fonts.installed("train")[0].package or setting.typeface in fonts.TYPEFACES["heldout"]
+    assert split_of("Claisaid Tools") == split_of("606543") == "heldout"
+    amounts = {line.pieces[0].text: amount_of(line.pieces[1].text) for line in page.lines if "." in line.text[-3:]}
+    assert amounts["Vase"] + amounts["Flour"] == pytest.approx(amounts["Subtotal"])
+    assert amounts["Subtotal"] + amounts["VAT"] == pytest.approx(amounts["Total"])
+
+
+def test_the_contact_sheet_has_a_column_for_each_kind():
+    assert typesetting.contact_sheet(num_rows=1).width > 200 * len(KINDS)
