@@ -28,6 +28,7 @@ from pretraining.common import (
     build_optimizers,
     gradient_step,
     load_weights,
+    precision,
     prepare_torch,
     run_parser,
     set_learning_rate,
@@ -181,20 +182,24 @@ def train(
         set_learning_rate(optimizers, run.progress, run.steps_since_start)
         chosen = pool.pop()
         tiles = None if uses_cells else tiles_of(chosen, "train")
-        if tiles is None:
-            logits, labels = nano.language(encoder.lessons(chosen, skip_blank=False), encoder, noise=arguments.noise)
-            loss, numbers = 0.0, {}
-        else:
-            visual_tokens, token_logits, patch_logits = nano.look(tiles)
-            batch = encoder.lessons(chosen, skip_blank=False)
-            logits, labels = nano.language(batch, encoder, visual_tokens.flatten(0, 1))
+        batch = encoder.lessons(chosen, skip_blank=False)
+        numbers: dict[str, float] = {}
+        loss = torch.zeros(())
+        with precision(arguments):
+            if tiles is None:
+                logits, labels = nano.language(batch, encoder, noise=arguments.noise)
+            else:
+                visual_tokens, token_logits, patch_logits = nano.look(tiles)
+                logits, labels = nano.language(batch, encoder, visual_tokens.flatten(0, 1))
+        if tiles is not None:
             tokens, patches = classes_of(chosen)
-            loss = GLYPH_LOSS_WEIGHT * (glyph_loss(token_logits, tokens) + glyph_loss(patch_logits, patches))
-            numbers = {"glyphs": accuracy(token_logits, tokens)}
-        answer_loss = nn.functional.cross_entropy(logits, labels)
+            numbers["glyphs"] = accuracy(token_logits, tokens)
+            if not arguments.freeze_tower:
+                loss = GLYPH_LOSS_WEIGHT * (glyph_loss(token_logits, tokens) + glyph_loss(patch_logits, patches))
+        answer_loss = nn.functional.cross_entropy(logits.float(), labels)
         right = (logits.argmax(-1) == labels).float().mean().item()
         numbers |= {"loss": answer_loss.item(), "tokens on cells" if uses_cells else "tokens": right}
-        gradient_step(nano, answer_loss + (0.0 if arguments.freeze_tower else loss), optimizers)
+        gradient_step(nano, answer_loss + loss, optimizers)
         if anchors:
             anchors.restore()
         run.record_step(nano, numbers, log_every=10)

@@ -35,6 +35,7 @@ from pretraining.common import (
     build_optimizers,
     gradient_step,
     load_weights,
+    precision,
     prepare_torch,
     run_parser,
     set_learning_rate,
@@ -156,7 +157,7 @@ class CellEmbedding(nn.Module):
             covered = (cells[:, slot] != NO_GLYPH).nonzero()[:, 0]
             if len(covered):
                 glyphs = self.embedding[0](cells[covered, slot]) @ self.turns[slot].T
-                tokens = tokens.index_add(0, covered, glyphs)
+                tokens = tokens.index_add(0, covered, glyphs.to(tokens.dtype))
         return tokens + noise * tokens.detach().std() * torch.randn_like(tokens) if noise else tokens
 
 
@@ -180,7 +181,8 @@ class CellLanguageModel(nn.Module):
         if not len(cells):
             return embeddings
         visual_tokens = self.cell_embedding(cells, noise) if visual_tokens is None else visual_tokens
-        return embeddings.masked_scatter((input_ids == image_token_id).unsqueeze(-1), visual_tokens)
+        mask = (input_ids == image_token_id).unsqueeze(-1)
+        return embeddings.masked_scatter(mask, visual_tokens.to(embeddings.dtype))
 
     def forward(
         self, batch: Batch, encoder: Encoder, visual_tokens: torch.Tensor | None = None, noise: float = 0.0
@@ -362,8 +364,9 @@ def train(
             pool = sample_batches(run, arguments, densest)
         set_learning_rate(optimizers, run.progress, run.steps_since_start)
         skip_blank = random.Random(f"skip {run.state['step']}").random() < arguments.skip_blank
-        logits, labels = model(encoder.lessons(pool.pop(), skip_blank), encoder, noise=arguments.noise)
-        loss = nn.functional.cross_entropy(logits, labels)
+        with precision(arguments):
+            logits, labels = model(encoder.lessons(pool.pop(), skip_blank), encoder, noise=arguments.noise)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
         numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
         gradient_step(model, loss, optimizers)
         run.record_step(model, numbers)

@@ -34,6 +34,7 @@ from pretraining.common import (
     build_optimizers,
     gradient_step,
     load_weights,
+    precision,
     prepare_torch,
     run_parser,
     set_learning_rate,
@@ -385,7 +386,8 @@ def train(
         degradation = 1.0 if arguments.start_from else min(1.0, 0.2 + run.state["step"] / 1500)
         look = Look(degradation=degradation, tilted=0.3 * degradation, photographed=0.15 * degradation)
         pixels, tokens, patches, rows, cells = strips.batch(arguments.batch_size, run.first_seed(arguments), look)
-        visual_tokens, token_logits, patch_logits = tower(pixels, rows)
+        with precision(arguments):
+            visual_tokens, token_logits, patch_logits = tower(pixels, rows)
         loss = glyph_loss(token_logits, tokens) + glyph_loss(patch_logits, patches)
         numbers = {
             "loss": loss.item(),
