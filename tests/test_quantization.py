@@ -165,7 +165,7 @@ def test_nvfp4_encoder_keeps_representable_weights_and_rounds_ties_to_even():
 @pytest.mark.parametrize(("name", "expected"), [("nvfp4", 0.096), ("fp8", 0.026), ("awq", 0.1)])
 def test_encoders_have_the_error_of_their_format(name: str, expected: float):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    tensors = quantize._encode(weight, name, weight.abs().amax(), 128)
+    tensors = quantize.encode(weight, name, weight.abs().amax(), 128)
     decoded = FORMATS[quantize.FORMAT_NAMES[name]].decode(tensors, torch.float32)
     assert float((decoded - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.1)
 
@@ -224,7 +224,7 @@ def test_encoders_write_the_golden_bytes(golden_8b: Path, name: str):
             keys = [f"language_model.model.layers.{layer}.{module}" for module in names]
             amax = torch.stack([plain[f"{key}.weight"].abs().amax() for key in keys]).amax()
             for key in keys:
-                for part, tensor in quantize._encode(plain[f"{key}.weight"], name, amax, group_size).items():
+                for part, tensor in quantize.encode(plain[f"{key}.weight"], name, amax, group_size).items():
                     assert_same_bytes(tensor, stored[f"{key}.{part}"])
 
 

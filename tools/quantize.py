@@ -336,7 +336,7 @@ def quantize_model(
             amax = torch.stack([block.get_submodule(name).weight.abs().amax() for name in names]).amax()
             for name in names:
                 layer = block.get_submodule(name)
-                tensors = _encode(layer.weight, format_name, amax, group_size)
+                tensors = encode(layer.weight, format_name, amax, group_size)
                 if statistics and format_name != "awq":
                     # The group has one input, hence one scale.
                     divisor = E4M3_MAX * (E2M1_MAX if format_name == "nvfp4" else 1)
@@ -363,7 +363,7 @@ def _check_divisible(model: nn.Module, format_name: str, group_size: int, keep: 
                 )
 
 
-def _encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+def encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
     if format_name == "nvfp4":
         return encode_nvfp4(weight, amax)
     return encode_fp8(weight) if format_name == "fp8" else encode_awq_gemm(weight, group_size)
