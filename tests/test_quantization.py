@@ -16,6 +16,7 @@ from nemotron_vl.quantization_nemotron_vl import (
     FORMATS,
     QUANT_METHOD,
     PackedLinear,
+    decode,
     decode_awq_gemm,
     decode_fp8,
     decode_nvfp4,
@@ -447,7 +448,10 @@ def test_bfloat16_computes_with_the_stored_scales(quantised: dict, inputs: dict,
     assert torch.equal(plain.get_submodule(Q_PROJ).weight, exact.bfloat16())
     assert packed.dtype == torch.bfloat16
     batch = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
-    torch.testing.assert_close(logits_of(packed, batch), logits_of(plain, batch), rtol=0.02, atol=0.02)
+    reference = logits_of(load(quantised[name], dequantize=True), inputs)
+    # A product of few rows does not round its weights to bfloat16, so the two differ, but not in their error.
+    errors = [float((logits_of(model, batch) - reference).norm() / reference.norm()) for model in (packed, plain)]
+    assert max(errors) < 0.03 and errors[0] < 1.1 * errors[1]
     packed.save_pretrained(tmp_path)
     before, after = load_file(quantised[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before if key.startswith(Q_PROJ))
@@ -506,23 +510,26 @@ def test_gradients_pass_through_packed_weights_and_do_not_change_them(quantised:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain torch"])
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_a_large_layer_is_dequantised_in_parts(
-    quantised: dict, inputs: dict, name: str, monkeypatch: pytest.MonkeyPatch
+    quantised: dict, inputs: dict, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    if not compiled:
+        monkeypatch.setattr("nemotron_vl.cpu_matmul._library", lambda: None)
     model = load(quantised[name])
     layer = model.get_submodule("language_model.model.layers.0.mlp.gate_proj")  # 96 x 64
-    hidden_states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    hidden_states = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     whole, logits = layer(hidden_states), logits_of(model, inputs)
-    sizes, decode = [], layer.format.decode
+    sizes = []
 
-    def watched(tensors: dict, dtype: torch.dtype) -> torch.Tensor:
-        weight = decode(tensors, dtype)
+    def watched(*args) -> torch.Tensor:
+        weight = decode(*args)
         sizes.append(tuple(weight.shape))
         return weight
 
     monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.CPU_CHUNK_WEIGHTS", 1600)
-    layer.format = layer.format._replace(decode=watched)
+    monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.decode", watched)
     torch.testing.assert_close(layer(hidden_states), whole, rtol=0, atol=1e-6)
     assert sizes == [(24, 64)] * 4
     torch.testing.assert_close(logits_of(model, inputs), logits, rtol=0, atol=1e-5)
