@@ -10,9 +10,10 @@ they are unpacked, and these unpacked weights are what every format is compared 
 layers, the decoder's, and `texts/calibration.txt` where it calibrates; activations stay as they are. AWQ has groups of
 64, because 128 does not divide the width of 576. The predictions are compared on `texts/evaluation.txt`: mean
 Kullback-Leibler divergence from the unquantised model in thousandths of a nat, with its standard error over the tokens;
-the perplexity; and how often the most probable token is the same.
+its difference from our row of the same format, paired by tokens; the perplexity; and how often the most probable token
+is the same.
 
-It prints one JSON line and the table.
+It prints one JSON line and the table. `--only nvfp4` runs the rows whose names begin so.
 """
 
 import copy
@@ -135,6 +136,7 @@ def autoawq(model: nn.Module, calibration: torch.Tensor) -> None:
 
     searches = AwqQuantizer.__new__(AwqQuantizer)
     vars(searches).update(w_bit=4, group_size=GROUP_SIZE, zero_point=True, duo_scaling=True, max_chunk_memory=2**30)
+    searches.n_parallel_calib_samples = None
     for _, block in quantize.blocks_of(model):
         searches._compute_best_clip = partial(AwqQuantizer._compute_best_clip, searches, n_sample_token=128)
         inputs, options = inputs_of(model, block, calibration)
@@ -189,16 +191,34 @@ def predictions(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits[0, :-1].float().log_softmax(-1)
 
 
-def compare(expected: torch.Tensor, found: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
+def divergences(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence from the expected predictions at every token, in thousandths of a nat."""
+    return 1e3 * (expected.exp() * (expected - found)).sum(-1)
+
+
+def mean_and_error(values: torch.Tensor) -> list[float]:
+    return [round(float(values.mean()), 2), round(float(values.std() / len(values) ** 0.5), 2)]
+
+
+def compare(expected: torch.Tensor, found: torch.Tensor, ids: torch.Tensor) -> dict[str, object]:
     """How far predictions are from the expected ones, both as `predictions` returns them."""
-    divergence = (expected.exp() * (expected - found)).sum(-1)
-    likelihood = found.gather(-1, ids[0, 1:, None]).mean()
     return {
-        "divergence": round(1e3 * float(divergence.mean()), 2),
-        "standard_error": round(1e3 * float(divergence.std() / len(divergence) ** 0.5), 2),
-        "perplexity": round(float((-likelihood).exp()), 3),
+        "divergence": mean_and_error(divergences(expected, found)),
+        "perplexity": round(float((-found.gather(-1, ids[0, 1:, None]).mean()).exp()), 3),
         "same_token": round(float((expected.argmax(-1) == found.argmax(-1)).float().mean()), 4),
     }
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Return the table of all rows."""
+    lines = ["| format | divergence | more than ours | perplexity | same token, % |", "|---|---|---|---|---|"]
+    for result in results:
+        divergence, more = (
+            " +- ".join(map(str, result[key])) if key in result else "" for key in ("divergence", "more_than_ours")
+        )
+        same = f"{100 * result['same_token']:.1f}"
+        lines.append(f"| {result['case']} | {divergence} | {more} | {result['perplexity']} | {same} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -207,7 +227,8 @@ def main() -> None:
     model, tokenizer = load_pretrained()
     calibration, ids = read_text(tokenizer, "calibration"), read_text(tokenizer, "evaluation")
     expected = predictions(model, ids)
-    results = [{"case": "unquantised", **compare(expected, expected, ids)}]
+    results: list[dict[str, Any]] = [{"case": "unquantised", **compare(expected, expected, ids)}]
+    by_format: dict[str, torch.Tensor] = {}
     for name, quantiser in quantisers().items():
         if not name.startswith(chosen):
             continue
@@ -217,9 +238,14 @@ def main() -> None:
         except ImportError as error:
             print(f"{name} is left out: {error}.", file=sys.stderr)
             continue
-        results.append({"case": name, **compare(expected, predictions(changed, ids), ids)})
+        found = predictions(changed, ids)
+        results.append({"case": name, **compare(expected, found, ids)})
+        own = by_format.setdefault(name.split(",")[0], divergences(expected, found))
+        if "," in name:  # token by token, so that what is hard to predict for both does not count
+            results[-1]["more_than_ours"] = mean_and_error(divergences(expected, found) - own)
         print(results[-1], file=sys.stderr)
     report("quantized_quality", results, group_size=GROUP_SIZE, evaluation_tokens=ids.shape[1])
+    print(markdown(results))
 
 
 if __name__ == "__main__":
