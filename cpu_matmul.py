@@ -44,8 +44,10 @@ SOURCE = r"""
 #define STEP 64       /* weights unpacked at a time */
 #define LANES 8
 #define MOST_ROWS 4   /* rows of inputs at a time */
-#define PREFETCH_ROWS 32
 #define STRIP 64      /* words of AWQ GEMM at a time: four cache lines */
+#define DEPTH 16      /* inputs of AWQ GEMM at a time */
+#define UNPACK_DEPTH 64
+#define MOST_STRIP_ROWS 16
 
 typedef float floats __attribute__((vector_size(32)));
 typedef int32_t ints __attribute__((vector_size(32)));
@@ -58,7 +60,7 @@ enum { NVFP4, FP8, W4A16_AWQ, AWQ_GEMM };
 struct job {
     const uint8_t *weight, *scales, *zeros; /* as stored, but scales of AWQ in float32 */
     const float *e4m3;                      /* the value of each byte */
-    const float *inputs;                    /* (rows, stride); NVFP4: of 16 columns the even ones before the odd ones */
+    const float *inputs;                    /* (rows, stride); NVFP4: the even of 16 columns before the odd ones */
     void *outputs;                          /* product: float32 (rows, num_outputs); see `unpack` */
     int64_t format, rows, stride, num_inputs, num_outputs, group;
     int64_t first, last, chunk;             /* outputs (AWQ GEMM: words of eight outputs) to compute, and at a time */
@@ -233,102 +235,151 @@ INLINE words load_words(const uint8_t *p, int64_t index, int64_t count) {
     return v;
 }
 
+/* Add the products of `depth` inputs from `input` on with eight words of outputs to `total`. */
 INLINE void multiply_words(
-    const struct job *job, int64_t first, int64_t last, int64_t group, int64_t count, int prefetch
+    const struct job *job, const float *inputs, int64_t input, int64_t depth, int64_t word, int64_t count,
+    floats *total
 ) {
-    int64_t num_words = job->num_outputs / 8, start = group * job->group;
-    words zeros = load_words(job->zeros, group * num_words + first, count);
+    int64_t num_words = job->num_outputs / 8;
+    words zeros = load_words(job->zeros, input / job->group * num_words + word, count);
     ints zero[8];
-    for (int i = 0; i < 8; i++) zero[i] = (ints)(zeros >> 4 * i & 15);
-    for (int64_t row = 0; row < job->rows; row++) {
-        const float *inputs = job->inputs + row * job->stride + start;
-        floats total[8] = {{0}};
-        for (int64_t k = 0; k < job->group; k++) {
-            int64_t at = (start + k) * num_words;
-            words word = load_words(job->weight, at + first, count);
-            if (prefetch && row == 0)  /* the lines of the next group lie on other pages */
-                for (int64_t line = first; line < last; line += 16)
-                    __builtin_prefetch(job->weight + 4 * (at + job->group * num_words + line));
-            for (int i = 0; i < 8; i++)
-                total[i] += inputs[k] * __builtin_convertvector((ints)(word >> 4 * i & 15) - zero[i], floats);
-        }
-        float *outputs = (float *)job->outputs + row * job->num_outputs + 8 * first;
-        int64_t scale = group * job->num_outputs + 8 * first;
-        for (int64_t lane = 0; lane < count; lane++)
-            for (int i = 0; i < 8; i++) {
-                int64_t output = 8 * lane + AWQ_OUTPUTS[i];
-                outputs[output] += total[i][lane] * load_float(job->scales, scale + output);
-            }
+    floats sums[8];
+    for (int i = 0; i < 8; i++) {
+        zero[i] = (ints)(zeros >> 4 * i & 15);
+        sums[i] = total[i];
     }
+    for (int64_t k = input; k < input + depth; k++) {
+        words codes = load_words(job->weight, k * num_words + word, count);
+        for (int i = 0; i < 8; i++)
+            sums[i] += inputs[k] * __builtin_convertvector((ints)(codes >> 4 * i & 15) - zero[i], floats);
+    }
+    for (int i = 0; i < 8; i++) total[i] = sums[i];
 }
 
-static void multiply_strips(const struct job *job, int64_t first, int64_t last) {
-    for (int64_t strip = first; strip < last; strip += STRIP) {
-        int64_t end = strip + STRIP < last ? strip + STRIP : last;
-        for (int64_t group = 0; group < job->num_inputs / job->group; group++) {
-            int64_t word = strip;
-            for (; word + LANES <= end; word += LANES) multiply_words(job, word, end, group, LANES, word == strip);
-            if (word < end) multiply_words(job, word, end, group, end - word, 0);
+/* A strip is at most STRIP words wide. Its inputs are taken DEPTH at a time, so that all of it stays in the cache. */
+static void multiply_strip(const struct job *job, int64_t first, int64_t last) {
+    int64_t num_words = job->num_outputs / 8, row_bytes = 4 * num_words;
+    for (int64_t start = 0; start < job->num_inputs; start += job->group) {
+        floats total[MOST_STRIP_ROWS][STRIP / LANES][8];
+        memset(total, 0, job->rows * sizeof total[0]);
+        int64_t end = start + job->group;
+        for (int64_t input = start; input < end; input += DEPTH) {
+            int64_t depth = end - input < DEPTH ? end - input : DEPTH;
+            /* The rows of the next step lie on other pages, which the processor does not foresee. */
+            for (int64_t k = input + DEPTH; k < input + 2 * DEPTH; k++)
+                for (int64_t word = first; word < last; word += 16)
+                    __builtin_prefetch(job->weight + k * row_bytes + 4 * word, 0, 2);
+            for (int64_t row = 0; row < job->rows; row++) {
+                const float *inputs = job->inputs + row * job->stride;
+                int64_t word = first;
+                for (; word + LANES <= last; word += LANES)
+                    multiply_words(job, inputs, input, depth, word, LANES, total[row][(word - first) / LANES]);
+                if (word < last)
+                    multiply_words(job, inputs, input, depth, word, last - word, total[row][(word - first) / LANES]);
+            }
         }
+        for (int64_t row = 0; row < job->rows; row++)
+            for (int64_t word = first; word < last; word++)
+                for (int i = 0; i < 8; i++) {
+                    int64_t output = 8 * word + AWQ_OUTPUTS[i];
+                    float scale = load_float(job->scales, start / job->group * job->num_outputs + output);
+                    ((float *)job->outputs)[row * job->num_outputs + output] +=
+                        total[row][(word - first) / LANES][i][(word - first) % LANES] * scale;
+                }
     }
 }
 
 /* Store as float32, or as bfloat16 rounded to the nearest, ties to even. */
-INLINE void store(const struct job *job, int64_t index, floats values, int64_t count) {
-    uint8_t *out = (uint8_t *)job->outputs + index * (job->bfloat16 ? 2 : 4);
+INLINE void store(void *out, int bfloat16, floats values, int64_t count) {
     words bits = (words)values;
-    if (job->bfloat16) {
+    if (bfloat16) {
         words is_nan = (words)((bits & 0x7FFFFFFF) > 0x7F800000);
         bits = ((bits + 0x7FFF + (bits >> 16 & 1)) & ~is_nan) | (0x7FC00000 & is_nan);
         halves upper = __builtin_convertvector(bits >> 16, halves);
-        memcpy(out, &upper, count < LANES ? 2 * count : 2 * LANES);
-    } else memcpy(out, &bits, count < LANES ? 4 * count : 4 * LANES);
+        if (count < LANES) memcpy(out, &upper, 2 * count);
+        else memcpy(out, &upper, sizeof upper);
+    } else if (count < LANES) memcpy(out, &bits, 4 * count);
+    else memcpy(out, &bits, sizeof bits);
 }
 
-INLINE void unpack_format(const struct job *job, int format, int64_t first, int64_t last) {
-    for (int64_t output = first; output < last; output++)
-        for (int64_t column = 0; column < job->num_inputs; column += STEP) {
+INLINE void unpack_rows(const struct job *job, int format, int bfloat16, int64_t first, int64_t last) {
+    int64_t num_inputs = job->num_inputs, size = bfloat16 ? 2 : 4;
+    float factor = job->scale * unit(format);
+    for (int64_t output = first; output < last; output++) {
+        uint8_t *out = (uint8_t *)job->outputs + (output - job->first) * num_inputs * size;
+        for (int64_t column = 0; column < num_inputs; column += STEP) {
             floats w[8];
-            unpack_step(job, format, output, column, job->scale * unit(format), 1, w);
-            int64_t rest = job->num_inputs - column, at = (output - job->first) * job->num_inputs + column;
-            if (rest >= STEP)
-                for (int i = 0; i < 8; i++) store(job, at + LANES * i, w[i], LANES);
-            else
-                for (int i = 0; LANES * i < rest; i++) store(job, at + LANES * i, w[i], rest - LANES * i);
-        }
-}
-
-static void unpack_words(const struct job *job, int64_t first, int64_t last) {
-    static const words shifts = {0, 16, 4, 20, 8, 24, 12, 28};
-    int64_t num_words = job->num_outputs / 8, width = job->last - job->first;
-    for (int64_t k = 0; k < job->num_inputs; k++) {
-        int64_t group = k / job->group * num_words, row = k * num_words;
-        for (int64_t word = first; word < last; word += 16)  /* a line of a later page */
-            __builtin_prefetch(job->weight + 4 * (row + PREFETCH_ROWS * num_words + word));
-        for (int64_t word = first; word < last; word++) {
-            words code = (words){0} + load_word(job->weight, row + word);
-            words zero = (words){0} + load_word(job->zeros, group + word);
-            ints difference = (ints)(code >> shifts & 15) - (ints)(zero >> shifts & 15);
-            floats scale;
-            memcpy(&scale, job->scales + 32 * (group + word), sizeof scale);
-            floats w = __builtin_convertvector(difference, floats) * scale;
-            store(job, (k * width + word - job->first) * 8, w, LANES);
+            unpack_step(job, format, output, column, factor, 1, w);
+            for (int i = 0; i < 8; i++) {
+                int64_t rest = num_inputs - column - LANES * i;
+                if (rest > 0) store(out + (column + LANES * i) * size, bfloat16, w[i], rest);
+            }
         }
     }
+}
+
+/* Unpack inputs `start` to `end`, all of one group, of the eight outputs of a word. */
+INLINE void unpack_word(const struct job *job, int bfloat16, int64_t start, int64_t end, int64_t word) {
+    int64_t num_words = job->num_outputs / 8, row_bytes = 4 * num_words, size = bfloat16 ? 2 : 4;
+    int64_t group = start / job->group;
+    uint32_t zeros = load_word(job->zeros, group * num_words + word);
+    const uint8_t *p = job->weight + start * row_bytes + 4 * word;
+    floats scale[8];
+    ints zero[8];
+    uint8_t *out[8];
+    for (int i = 0; i < 8; i++) {
+        int64_t output = 8 * word + AWQ_OUTPUTS[i];
+        scale[i] = repeat(load_float(job->scales, group * job->num_outputs + output));
+        zero[i] = (ints){0} + (int32_t)(zeros >> 4 * i & 15);
+        out[i] = (uint8_t *)job->outputs + ((output - 8 * job->first) * job->num_inputs + start) * size;
+    }
+    int64_t count = end - start, k = 0;
+    for (; k + LANES <= count; k += LANES) {
+        words codes;
+        for (int j = 0; j < LANES; j++) codes[j] = load_word(p + (k + j) * row_bytes, 0);
+        for (int i = 0; i < 8; i++) {
+            floats w = __builtin_convertvector((ints)(codes >> 4 * i & 15) - zero[i], floats) * scale[i];
+            store(out[i] + k * size, bfloat16, w, LANES);
+        }
+    }
+    for (; k < count; k++) {
+        words codes = (words){0} + load_word(p + k * row_bytes, 0);
+        for (int i = 0; i < 8; i++) {
+            floats w = __builtin_convertvector((ints)(codes >> 4 * i & 15) - zero[i], floats) * scale[i];
+            store(out[i] + k * size, bfloat16, w, 1);
+        }
+    }
+}
+
+INLINE void unpack_strip(const struct job *job, int bfloat16, int64_t first, int64_t last) {
+    int64_t row_bytes = 4 * (job->num_outputs / 8);
+    for (int64_t start = 0; start < job->num_inputs; start += job->group)
+        for (int64_t input = start; input < start + job->group; input += UNPACK_DEPTH) {
+            int64_t end = input + UNPACK_DEPTH < start + job->group ? input + UNPACK_DEPTH : start + job->group;
+            for (int64_t k = end; k < end + UNPACK_DEPTH; k++)
+                for (int64_t word = first; word < last; word += 16)
+                    __builtin_prefetch(job->weight + k * row_bytes + 4 * word, 0, 2);
+            for (int64_t word = first; word < last; word++) unpack_word(job, bfloat16, input, end, word);
+        }
+}
+
+INLINE void unpack_format(const struct job *job, int bfloat16, int64_t first, int64_t last) {
+    if (job->format == NVFP4) unpack_rows(job, NVFP4, bfloat16, first, last);
+    else if (job->format == FP8) unpack_rows(job, FP8, bfloat16, first, last);
+    else if (job->format == W4A16_AWQ) unpack_rows(job, W4A16_AWQ, bfloat16, first, last);
+    else unpack_strip(job, bfloat16, first, last);
 }
 
 static void multiply_part(const struct job *job, int64_t first, int64_t last) {
     if (job->format == NVFP4) multiply_format(job, NVFP4, first, last);
     else if (job->format == FP8) multiply_format(job, FP8, first, last);
     else if (job->format == W4A16_AWQ) multiply_format(job, W4A16_AWQ, first, last);
-    else multiply_strips(job, first, last);
+    else multiply_strip(job, first, last);
 }
 
 static void unpack_part(const struct job *job, int64_t first, int64_t last) {
-    if (job->format == NVFP4) unpack_format(job, NVFP4, first, last);
-    else if (job->format == FP8) unpack_format(job, FP8, first, last);
-    else if (job->format == W4A16_AWQ) unpack_format(job, W4A16_AWQ, first, last);
-    else unpack_words(job, first, last);
+    if (job->bfloat16) unpack_format(job, 1, first, last);
+    else unpack_format(job, 0, first, last);
 }
 
 /* Take and compute parts until none is left. Every thread runs this. */
@@ -607,9 +658,6 @@ def unpack_on_cpu(
     num_inputs = _sizes(format_name, operands[0])[1]
     pre_quant_scale = tensors.get("pre_quant_scale")
     direct = torch.bfloat16 if dtype == torch.bfloat16 and pre_quant_scale is None else torch.float32
-    by_inputs = format_name == "AWQ GEMM"  # as it is stored
-    shape = (num_inputs, len(span)) if by_inputs else (len(span), num_inputs)
-    weight = torch.empty(shape, dtype=direct, device="cpu")
+    weight = torch.empty(len(span), num_inputs, dtype=direct, device="cpu")
     _run(library, format_name, operands, weight, span)
-    weight = weight.t() if by_inputs else weight
     return (weight if pre_quant_scale is None else weight * pre_quant_scale.float()).to(dtype)
