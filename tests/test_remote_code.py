@@ -32,6 +32,7 @@ ENTRY_FILES = [
     "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py",
     "radio_model.py",
+    "video_processing.py",
 ]
 # Which root modules a root module may import.
 ARROWS = {
@@ -44,11 +45,13 @@ ARROWS = {
     "packed_matmul": "triton_kernels",
     "decode_attention": "triton_kernels",
     "quantization_nemotron_vl": "checkpoint packed_matmul",
-    "chat": "prompts",
-    "processing_nemotron_vl": "prompts image_processing",
+    "video_processing": "image_processing",
+    "chat": "prompts video_processing",
+    "processing_nemotron_vl": "prompts image_processing video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul"  # the latter for transformers 4.57, which copies direct imports alone
+        "prompts image_processing "
+        "packed_matmul video_processing"  # these for transformers 4.57, which copies direct imports alone
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
