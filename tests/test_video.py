@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import GOLDEN, golden_parameters
+from tools import ROOT
 
 FOLDER = GOLDEN / "video"
 FILMS = Path(__file__).with_name("golden") / "video" / "mp4"
@@ -397,6 +399,27 @@ def test_nothing_is_fetched_and_a_playlist_opens_no_other_file(tmp_path):
 def test_what_is_no_video_is_named(video, says):
     with pytest.raises(ValueError, match=says):
         taken(video)
+
+
+PEAK = """
+import json, resource, sys
+from tools import ROOT
+from nemotron_vl.video_processing import NemotronVLVideoProcessor
+batch = NemotronVLVideoProcessor(image_size=128)(sys.argv[1], num_frames=8)
+print(json.dumps([batch["num_video_frames"][0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_does_not_grow_with_the_length_of_a_film(tmp_path):
+    peaks = []
+    for seconds in (10, 600):
+        path = film(tmp_path / f"{seconds}.mp4", 10 * seconds, 240, 320, fps=10, group=250)
+        run = subprocess.run([sys.executable, "-c", PEAK, path], cwd=ROOT, capture_output=True, text=True, check=True)
+        num_frames, kilobytes = json.loads(run.stdout)
+        assert num_frames == 8
+        peaks.append(kilobytes / 1024)
+    assert abs(peaks[1] - peaks[0]) < 20, peaks
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (1, 1), (4320, 7680)])
