@@ -377,8 +377,8 @@ class NemotronVLProcessor(ProcessorMixin):
         placeholders = [{token: [[]] * text.count(token) for token in (IMAGE_TOKEN, VIDEO_TOKEN)} for text in texts]
         without_images = self._encode_texts(texts, placeholders, True, marker, False)
         fitting, start = self.image_processor.tiling.max_num_tiles, 0
-        for (ids, _), count in zip(without_images, counts, strict=True):
-            room = context - len(ids) - ANSWER_TOKENS
+        for prompt, count in zip(without_images, counts, strict=True):
+            room = context - len(prompt.input_ids) - ANSWER_TOKENS
             own, start = loaded[start : start + count], start + count
             if own:
                 fitting = min(fitting, self.fitting_options(own, FIT, room)["max_num_tiles"])
