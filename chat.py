@@ -273,7 +273,7 @@ class ChatMixin:
                 without it). Reasoning does not count. Not with beams or drafts.
             return_dict: return an `Answer`, which also holds the ids of the tokens and why the answer ended.
             stop_loops: end an answer that repeats itself; see `LoopCriteria` for the rule. A number is the number of
-                equal rows that are no loop, True means 200. Not with beams.
+                equal rows that are no loop, True means 200. Not with beams or drafts.
             video: a video or a list of videos (see `group_videos` and `read_video`), those of the history first; for a
                 batch one for each question, or one list for each.
             num_frames, fps: frames taken of each video, in all or for each second of it; `NemotronVLVideoProcessor`
@@ -895,15 +895,11 @@ def _length_of_reasoning(tokenizer: Any, token_ids: list[int]) -> int:
 def _check_one_path(options: GenerationConfig, extra_options: Mapping[str, Any], **wanted: bool | int) -> None:
     """Raise if the answer is searched for in ways along which its tokens cannot be watched one by one."""
     names = [name for name, value in wanted.items() if value is not False]
-    if names and (options.num_beams or 1) > 1:
-        raise ValueError(
-            f"{names[0]} follows one answer, and num_beams={options.num_beams} follows several. Leave one out."
-        )
     has_drafts = options.prompt_lookup_num_tokens is not None or extra_options.get("assistant_model") is not None
-    if wanted["return_confidence"] and has_drafts:
+    if names and ((options.num_beams or 1) > 1 or has_drafts):
         raise ValueError(
-            "return_confidence needs the scores of each token as it is taken, which assisted decoding does not keep. "
-            "Leave out assistant_model and prompt_lookup_num_tokens, or return_confidence."
+            f"{names[0]} follows an answer token by token, which beams and assisted decoding do not allow. Leave out "
+            f"num_beams, assistant_model and prompt_lookup_num_tokens, or {names[0]}."
         )
 
 
