@@ -8,8 +8,20 @@ import sys
 if "nemotron_vl" not in sys.modules:
     import tools  # noqa: F401  (makes the root importable as nemotron_vl)
 
-# from .boxes import Box, draw_boxes, parse_boxes
-# from .extraction import Extraction, ExtractionError, Value, extract
+from .boxes import Box, draw_boxes, parse_boxes
+from .extraction import Extraction, ExtractionError, PageValues, Value, extract, merge_pages, page_values
 from .schema import Fields
 
-__all__ = ["Box", "Extraction", "ExtractionError", "Fields", "Value", "draw_boxes", "extract", "parse_boxes"]
+__all__ = [
+    "Box",
+    "Extraction",
+    "ExtractionError",
+    "Fields",
+    "PageValues",
+    "Value",
+    "draw_boxes",
+    "extract",
+    "merge_pages",
+    "page_values",
+    "parse_boxes",
+]

@@ -4,6 +4,7 @@ The grammar library is llguidance: docs/fields.md says why. `Grammar` processes 
 grammars of their own; pass it to `generate` or `chat` as a logits processor.
 """
 
+import json
 import re
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from .schema import INSTALL
+from .schema import INSTALL, held
 
 # One way to write an instance, so that a model cannot fill the page with spaces. The escapes leave out \\u, which could
 # make lone surrogates: texts that no file can hold.
@@ -61,7 +62,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
         ValueError: if the library cannot hold the schema; the message says why.
     """
     library = llguidance()
-    grammar = library.LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_STYLE)
+    grammar = library.LLMatcher.grammar_from_json_schema(held(schema), overrides=JSON_STYLE)
     return _checked(grammar, schema)
 
 
@@ -77,6 +78,136 @@ def text_grammar(schema: Mapping[str, Any], absent: str | None) -> str:
     if absent is not None:
         start.append("absent")
         rules.append(f"absent: {_quoted(absent)}")
-    rules += [f"value: {_value_rule(schema)}", r"WORDS: /[^\x00-\x1f]+/"]
+    rules.append(f"value: {_value_rule(held(schema))}")
     grammar = library.LLMatcher.grammar_from_lark("\n".join([f"start: {' | '.join(start)}", *rules]))
     return _checked(grammar, schema)
+
+
+def is_plain(schema: Mapping[str, Any]) -> bool:
+    """Return whether `text_grammar` can hold a narrowed schema without references: a scalar, with a simple pattern."""
+    members = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if members:
+        return all(map(is_plain, members))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values is not None:
+        return all(not isinstance(value, (list, dict)) and value != "" for value in values)
+    kinds, schema = types_of(schema), held(schema)
+    return bool(kinds) and not {"object", "array"} & kinds and _whole_pattern(schema.get("pattern", "")) is not None
+
+
+def types_of(schema: Mapping[str, Any]) -> set[str]:
+    kinds = schema.get("type", [])
+    return {kinds} if isinstance(kinds, str) else set(kinds)
+
+
+def plain_value(text: str, schema: Mapping[str, Any]) -> Any:
+    """Return the value that a plain answer stands for.
+
+    Args:
+        text: an answer in `text_grammar(schema, absent)`, but not `absent`.
+        schema: the narrowed schema.
+    """
+    for member in (*schema.get("anyOf", ()), *schema.get("oneOf", ()), schema):
+        for value in member.get("enum", [member["const"]] if "const" in member else ()):
+            if text == _spelled(value):
+                return value
+        kinds = types_of(member)
+        if "boolean" in kinds and text in (_spelled(True), _spelled(False)):
+            return text == _spelled(True)
+        if {"number", "integer"} & kinds and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
+            return json.loads(text)
+    return text
+
+
+def _spelled(value: Any) -> str:
+    """Return how a plain answer writes a value."""
+    if isinstance(value, bool):
+        return "Yes." if value else "No."
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _value_rule(schema: Mapping[str, Any]) -> str:
+    """Return the alternatives of a Lark rule for the plain text of a value; null has no text of its own."""
+    members = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if members:
+        return " | ".join(_value_rule(member) for member in members if types_of(member) != {"null"})
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values is not None:
+        return " | ".join(_quoted(_spelled(value)) for value in values if value is not None)
+    rules = []
+    for kind in sorted(types_of(schema) - {"null"}):
+        if kind == "boolean":
+            rules += [_quoted(_spelled(value)) for value in (True, False)]
+        elif kind == "string":
+            rules.append(_text_rule(schema))
+        else:
+            limits = {name: value for name, value in schema.items() if "imum" in name or name == "multipleOf"}
+            rules.append(f"%json {json.dumps({'type': kind, **limits})}")
+    return " | ".join(rules)
+
+
+def _text_rule(schema: Mapping[str, Any]) -> str:
+    longest = schema.get("maxLength", "")
+    length = f"{{{max(1, schema.get('minLength', 1))},{longest}}}"
+    text = rf"/[^\x00-\x1f]{length}/"
+    if "pattern" in schema:
+        text = f"{text} & /{_whole_pattern(schema['pattern'])}/"
+    return text
+
+
+def _whole_pattern(pattern: str) -> str | None:
+    """Return a regular expression that matches whole texts where `pattern` is searched for; None if that is not easy."""
+    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+    middle = pattern[begins : len(pattern) - ends]
+    depth = 0
+    for character in re.sub(r"\\.|\[[^\]]*\]", "", middle):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character in "^$" or (character == "|" and not depth):
+            return None
+    middle = re.sub(r"(?<!\\)/", r"\\/", middle)
+    return f"{'' if begins else '.*'}{middle}{'' if ends else '.*'}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _checked(grammar: str, schema: Any) -> str:
+    failed, messages = llguidance().LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise ValueError(
+            f"The schema cannot be held while the model writes: {messages[0][:300]}. It is {schema!r:.200}."
+        )
+    return grammar
+
+
+class Grammar(LogitsProcessor):
+    """Leaves only those tokens a score that continue a text of the grammar of their row. It serves one `generate`.
+
+    Args:
+        tokenizer: see `grammar_tokenizer`.
+        grammars: one a row.
+
+    Raises (when called):
+        RuntimeError: if the library gives up on a grammar, which is then too large.
+    """
+
+    def __init__(self, tokenizer: Any, grammars: Sequence[str]):
+        library = llguidance()
+        self._matchers = [library.LLMatcher(tokenizer, grammar) for grammar in grammars]
+        self._num_seen: int | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        new_ids = [[]] * len(input_ids) if self._num_seen is None else input_ids[:, self._num_seen :].tolist()
+        self._num_seen = input_ids.shape[1]
+        allowed = np.ones((len(scores), scores.shape[1]), dtype=bool)
+        for row, (matcher, ids) in enumerate(zip(self._matchers, new_ids, strict=True)):
+            if matcher.is_stopped() and not matcher.is_error():
+                continue  # ended: what follows is padding
+            if not matcher.consume_tokens(ids):
+                raise RuntimeError(f"The grammar library gave up: {matcher.get_error()[:300]}")
+            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            allowed[row] = np.unpackbits(bits, count=scores.shape[1], bitorder="little")
+            if matcher.is_error():
+                raise RuntimeError(f"The grammar library gave up: {matcher.get_error()[:300]}")
+        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)

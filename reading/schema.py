@@ -82,13 +82,17 @@ class Fields:
             )
         schema = copy.deepcopy(dict(schema))
         validator_of(schema)
-        root = _resolve(schema, schema)
+        root = resolved(schema, schema)
         if root.get("type") != "object" or not root.get("properties"):
             raise ValueError(
                 f"The schema must be about an object with properties, got {str(schema)[:80]}. Wrap another value in "
                 "one: {'type': 'object', 'properties': {'value': ...}}."
             )
         return cls(schema, _narrow(schema, schema, "#"), build)
+
+    def fits(self, value: Any, part: Any) -> bool:
+        """Return whether a value is an instance of a part of `asked`."""
+        return _fits(value, part, self)
 
     def for_one_of_several_pages(self) -> dict[str, Any]:
         """Return the schema for one page of several: any value may be on another page, so all may be null."""
@@ -107,6 +111,15 @@ class Fields:
         if error is not None:
             raise ValueError(f"{error.json_path}: {error.message[:200]}")
         return value
+
+
+def asked_about(asked: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
+    """Return a narrowed schema of an object with only some of its properties."""
+    definitions = {name: part for name, part in asked.items() if name in ("$defs", "definitions")}
+    required = list(properties)
+    return {
+        **definitions, "type": "object", "properties": properties, "required": required, "additionalProperties": False,
+    }  # fmt: skip
 
 
 def _same(value: Any) -> Any:
@@ -148,12 +161,14 @@ def _narrow(schema: Any, root: dict[str, Any], place: str) -> dict[str, Any]:
         raise ValueError(f"{place} is {schema!r}. Say what the value is, for example {{'type': 'string'}}.")
     _check_keywords(schema, place)
     if "$ref" in schema:
-        _resolve(schema, root)
+        resolved(schema, root)
         narrow = {"$ref": schema["$ref"]}
     elif "allOf" in schema:
         narrow = _narrow(schema["allOf"][0], root, f"{place}/allOf/0")
     else:
         narrow = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
+    if "description" in schema:
+        narrow["description"] = schema["description"]
     for name in ("anyOf", "oneOf"):
         if name in schema:
             members = enumerate(schema[name])
@@ -168,7 +183,7 @@ def _narrow(schema: Any, root: dict[str, Any], place: str) -> dict[str, Any]:
         parts = enumerate(schema["prefixItems"])
         narrow["prefixItems"] = [_narrow(part, root, f"{place}/prefixItems/{index}") for index, part in parts]
     _narrow_object(narrow, schema, root, place)
-    _narrow_scalar(narrow, place)
+    _check_scalar(schema, place)
     return narrow
 
 
@@ -189,29 +204,46 @@ def _narrow_object(narrow: dict[str, Any], schema: dict[str, Any], root: dict[st
         narrow["additionalProperties"] = _narrow(schema["additionalProperties"], root, f"{place}/additionalProperties")
 
 
-def _narrow_scalar(narrow: dict[str, Any], place: str) -> None:
-    kinds = narrow.get("type", [])
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if "format" in narrow:
-        if narrow["format"] not in FORMATS:
-            raise ValueError(
-                f"{place}: the format {narrow['format']!r} cannot be held; known are {', '.join(FORMATS)}."
-            )
-        if "pattern" in narrow:
-            raise ValueError(f"{place} has a pattern and a format, which cannot be held together. Leave one out.")
-        narrow["pattern"] = f"^(?:{FORMATS[narrow.pop('format')]})$"
-    if "pattern" in narrow:
-        _check_pattern(narrow["pattern"], place)
-    if {"number", "integer"} & set(kinds) and "enum" not in narrow and "const" not in narrow:
-        if not {"minimum", "exclusiveMinimum"} & narrow.keys():
-            narrow["minimum"] = -LARGEST_NUMBER
-        if not {"maximum", "exclusiveMaximum"} & narrow.keys():
-            narrow["maximum"] = LARGEST_NUMBER
-    if not isinstance(narrow.get("multipleOf", 1), int):
+def _check_scalar(schema: dict[str, Any], place: str) -> None:
+    if "format" in schema and schema["format"] not in FORMATS:
+        raise ValueError(f"{place}: the format {schema['format']!r} cannot be held; known are {', '.join(FORMATS)}.")
+    if "format" in schema and "pattern" in schema:
+        raise ValueError(f"{place} has a pattern and a format, which cannot be held together. Leave one out.")
+    if "pattern" in schema:
+        _check_pattern(schema["pattern"], place)
+    if not isinstance(schema.get("multipleOf", 1), int):
         raise ValueError(
-            f"{place}: multipleOf {narrow['multipleOf']} cannot be checked exactly in binary numbers. Ask for a text "
+            f"{place}: multipleOf {schema['multipleOf']} cannot be checked exactly in binary numbers. Ask for a text "
             "with a pattern, or for a whole number of the smaller unit."
         )
+
+
+def held(schema: Any) -> Any:
+    """Return a narrowed schema as the grammar gets it: formats as exact patterns, and numbers of a bounded length."""
+    if isinstance(schema, list):
+        return [held(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    exact = {
+        name: {key: held(part) for key, part in value.items()}
+        if name in ("$defs", "definitions", "properties")
+        else value
+        if name in ("enum", "const")
+        else held(value)
+        for name, value in schema.items()
+    }
+    if "format" in exact:
+        exact["pattern"] = f"^(?:{FORMATS[exact.pop('format')]})$"
+    kinds = exact.get("type", [])
+    if {"number", "integer"} & ({kinds} if isinstance(kinds, str) else set(kinds)) and not {
+        "enum",
+        "const",
+    } & exact.keys():
+        if not {"minimum", "exclusiveMinimum"} & exact.keys():
+            exact["minimum"] = min(-LARGEST_NUMBER, exact.get("maximum", 0), exact.get("exclusiveMaximum", 0) - 1)
+        if not {"maximum", "exclusiveMaximum"} & exact.keys():
+            exact["maximum"] = max(LARGEST_NUMBER, exact.get("minimum", 0), exact.get("exclusiveMinimum", 0) + 1)
+    return exact
 
 
 def _check_keywords(schema: dict[str, Any], place: str) -> None:
@@ -281,7 +313,7 @@ def _loosen(schema: Any) -> Any:
     return loose
 
 
-def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+def resolved(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     """Follow the references of a schema inside `root`.
 
     Raises:
@@ -309,7 +341,7 @@ def _without_absent(value: Any, asked: Any, given: Any, fields: Fields) -> Any:
         asked: the narrowed schema.
         given: the caller's schema in the same place.
     """
-    asked, given = _resolve(asked, fields.asked), _resolve(given, fields.schema)
+    asked, given = resolved(asked, fields.asked), resolved(given, fields.schema)
     if "allOf" in given:
         return _without_absent(value, asked, given["allOf"][0], fields)
     if asked.keys() == {"anyOf"} and "anyOf" not in given:  # nullable() has wrapped it
