@@ -85,14 +85,13 @@ class LoopCriteria(StoppingCriteria):
     The rule looks at the exact cycle at the end of an answer: the shortest stretch of tokens that, repeated, makes up
     the end. From its fourth repetition on, a cycle is a loop
 
-    * when it makes more than `max_equal_rows` rows. A repetition has as many rows as line breaks (or `</tr>`, or
-      `\\\\` of LaTeX), at least one;
-    * when it holds no separator (row end, `|`, `&`, `,`, `;`, `<`, `{`, tab), so that all is one line of words, dots
-      or dashes, and has taken more than 256 tokens;
+    * when it holds a separator (line break, `</tr>`, `\\\\` of LaTeX, `|`, `&`, `,`, `;`, `<`, `{`, tab) and makes more
+      than `max_equal_rows` rows. A repetition has as many rows as it has row ends (the first three), at least one;
+    * when it holds none, so that all is one line of words, dots or dashes, and has taken more than 256 tokens;
     * when it is longer than 80 tokens, and has taken 2,048 tokens and six repetitions.
 
-    So a table of 200 equal rows of up to 80 tokens does not end early, and a loop with a period of `p` tokens, 1 to
-    1,024, ends after at most `202 * p` tokens up to 80, `max(2048, 6 * p) + p` tokens from 81 on.
+    So a table of 200 equal rows of up to 80 tokens does not end early. A loop with a period of `p` tokens ends after
+    at most `max(258, 202 * p)` tokens for `p` up to 80, and `max(2048, 6 * p) + p` for `p` from 81 to 1,024.
 
     Args:
         tokenizer: decodes cycles.
@@ -104,7 +103,9 @@ class LoopCriteria(StoppingCriteria):
             raise ValueError(f"The number of equal rows must be a whole number from 1 on, got {max_equal_rows!r}.")
         self.tokenizer = tokenizer
         self.max_equal_rows = max_equal_rows
-        self.looped: list[bool] = []
+        # For each row the number of tokens of its answer when it ran into a loop. Padding behind an answer that has
+        # ended is a loop too, with a number beyond its end.
+        self.loop_ends: list[int | None] = []
         self._rows: list[_Cycles] = []
         self._num_seen = 0
 
@@ -115,8 +116,8 @@ class LoopCriteria(StoppingCriteria):
         for row, new_ids in zip(self._rows, input_ids[:, self._num_seen :].tolist(), strict=True):
             row.extend(new_ids)
         self._num_seen = input_ids.shape[1]
-        self.looped = [row.looped for row in self._rows]
-        return torch.tensor(self.looped, device=input_ids.device)
+        self.loop_ends = [row.loop_end for row in self._rows]
+        return torch.tensor([end is not None for end in self.loop_ends], device=input_ids.device)
 
 
 class _Cycles:
@@ -125,7 +126,8 @@ class _Cycles:
     def __init__(self, tokenizer: Any, max_equal_rows: int):
         self.tokenizer = tokenizer
         self.max_equal_rows = max_equal_rows
-        self.looped = False
+        self.num_tokens = 0
+        self.loop_end: int | None = None
         self._latest = np.full(LONGEST_CYCLE, -1)  # the last ids, newest first
         # For each period, how many of the last ids equal the ids one period before them.
         self._num_equal = np.zeros(LONGEST_CYCLE, dtype=np.int64)
@@ -138,7 +140,9 @@ class _Cycles:
             self._num_equal *= self._latest == token
             self._latest[1:] = self._latest[:-1]
             self._latest[0] = token
-            self.looped = self.looped or self._is_loop()
+            self.num_tokens += 1
+            if self.loop_end is None and self._is_loop():
+                self.loop_end = self.num_tokens
 
     def _is_loop(self) -> bool:
         repeated = self._num_equal >= self._needed
@@ -149,11 +153,9 @@ class _Cycles:
         num_tokens = int(self._num_equal[index]) + period
         repetitions = num_tokens // period
         num_rows, is_line = self._describe(self._latest[:period][::-1])
-        return (
-            repetitions * num_rows > self.max_equal_rows
-            or (is_line and num_tokens > LONGEST_LINE)
-            or (period > LONGEST_ROW and num_tokens >= LONG_CYCLES[0] and repetitions >= LONG_CYCLES[1])
-        )
+        if period > LONGEST_ROW and num_tokens >= LONG_CYCLES[0] and repetitions >= LONG_CYCLES[1]:
+            return True
+        return num_tokens > LONGEST_LINE if is_line else repetitions * num_rows > self.max_equal_rows
 
     def _describe(self, cycle: np.ndarray) -> tuple[int, bool]:
         """Return how many rows a cycle makes, and whether it is part of one line."""

@@ -406,8 +406,8 @@ class ChatMixin:
         elif options.max_length is not None:
             limit = min(limit, options.max_length - len(ids[0]))
         kept = probabilities.of(sequences) if probabilities else [None] * len(prompts)
-        looped = loops.looped if loops else [False] * len(prompts)
-        rows = zip(prompts, sequences[:, len(ids[0]) :].tolist(), kept, looped, strict=True)
+        loop_ends = loops.loop_ends if loops else [None] * len(prompts)
+        rows = zip(prompts, sequences[:, len(ids[0]) :].tolist(), kept, loop_ends, strict=True)
         return [_finished_answer(tokenizer, *row, options=options, limit=limit) for row in rows]
 
     def chat_cache(self) -> ChatCache:
@@ -691,7 +691,7 @@ def _finished_answer(
     prompt: ChatPrompt,
     new_ids: list[int],
     probabilities: list[float] | None,
-    looped: bool,
+    loop_end: int | None,
     *,
     options: GenerationConfig,
     limit: int,
@@ -701,6 +701,7 @@ def _finished_answer(
     if len(token_ids) == len(new_ids):
         while token_ids and token_ids[-1] == options.pad_token_id:  # a stopping criterion ended it before the others
             token_ids = token_ids[:-1]
+    looped = loop_end is not None and loop_end <= len(token_ids)
     finish_reason = "loop" if looped else "length" if len(token_ids) >= limit else "stop"
     text = tokenizer.decode(token_ids, skip_special_tokens=False).strip()
     answer = Answer(text, prompt.history_with(text), token_ids, finish_reason)

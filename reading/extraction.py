@@ -304,7 +304,8 @@ class _Asker:
             grammar = text_grammar(question.schema, absent)
             answer = self._chat(question.text, [grammar], past_key_values=cache, **images)
             answers.append(answer)
-            value = None if answer.text == absent else plain_value(answer.text, question.schema)
+            text = self.tokens.decode_bytes(answer.token_ids).decode(errors="ignore")  # chat() strips its texts
+            value = None if text == absent else plain_value(text, question.schema)
             if answer.finish_reason == "stop":
                 _put(found.tree, question.path, Value("", value, answer.confidence, number))
         if others:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from .schema import INSTALL, held
+from .schema import INSTALL, held, validator_of
 
 # One way to write an instance, so that a model cannot fill the page with spaces. The escapes leave out \\u, which could
 # make lone surrogates: texts that no file can hold.
@@ -73,13 +73,11 @@ def text_grammar(schema: Mapping[str, Any], absent: str | None) -> str:
         schema: a narrowed schema of a string, number, integer, boolean or of several of them.
         absent: what the model answers if the page has no such value; None if null is not allowed.
     """
-    library = llguidance()
-    rules, start = [], ["value"]
+    terminals: list[str] = []
+    alternatives = _alternatives(held(schema), terminals)
     if absent is not None:
-        start.append("absent")
-        rules.append(f"absent: {_quoted(absent)}")
-    rules.append(f"value: {_value_rule(held(schema))}")
-    grammar = library.LLMatcher.grammar_from_lark("\n".join([f"start: {' | '.join(start)}", *rules]))
+        alternatives.append(_quoted(absent))
+    grammar = llguidance().LLMatcher.grammar_from_lark("\n".join([f"start: {' | '.join(alternatives)}", *terminals]))
     return _checked(grammar, schema)
 
 
@@ -91,6 +89,8 @@ def is_plain(schema: Mapping[str, Any]) -> bool:
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if values is not None:
         return all(not isinstance(value, (list, dict)) and value != "" for value in values)
+    if schema.get("maxLength") == 0:
+        return False  # a plain answer has at least one character
     kinds, schema = types_of(schema), held(schema)
     return bool(kinds) and not {"object", "array"} & kinds and _whole_pattern(schema.get("pattern", "")) is not None
 
@@ -107,16 +107,19 @@ def plain_value(text: str, schema: Mapping[str, Any]) -> Any:
         text: an answer in `text_grammar(schema, absent)`, but not `absent`.
         schema: the narrowed schema.
     """
-    for member in (*schema.get("anyOf", ()), *schema.get("oneOf", ()), schema):
-        for value in member.get("enum", [member["const"]] if "const" in member else ()):
-            if text == _spelled(value):
-                return value
-        kinds = types_of(member)
-        if "boolean" in kinds and text in (_spelled(True), _spelled(False)):
-            return text == _spelled(True)
-        if {"number", "integer"} & kinds and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
-            return json.loads(text)
-    return text
+    validator = validator_of(dict(schema))
+    values = [value for value in _choices(schema) if text == _spelled(value)]
+    values += [value for value in (True, False) if text == _spelled(value)]
+    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
+        values.append(json.loads(text))
+    return next(filter(validator.is_valid, values), text)
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the values that a schema and its alternatives list."""
+    members = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    own = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return [*own, *(value for member in members for value in _choices(member))]
 
 
 def _spelled(value: Any) -> str:
@@ -126,32 +129,37 @@ def _spelled(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _value_rule(schema: Mapping[str, Any]) -> str:
-    """Return the alternatives of a Lark rule for the plain text of a value; null has no text of its own."""
+def _alternatives(schema: Mapping[str, Any], terminals: list[str]) -> list[str]:
+    """Return the alternatives of a Lark rule for the plain text of a value, and add the terminals that they need.
+
+    Null has no text of its own.
+    """
     members = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
     if members:
-        return " | ".join(_value_rule(member) for member in members if types_of(member) != {"null"})
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values is not None:
-        return " | ".join(_quoted(_spelled(value)) for value in values if value is not None)
+        return [rule for member in members for rule in _alternatives(member, terminals)]
+    if "enum" in schema or "const" in schema:
+        return [_quoted(_spelled(value)) for value in _choices(schema) if value is not None]
     rules = []
     for kind in sorted(types_of(schema) - {"null"}):
         if kind == "boolean":
             rules += [_quoted(_spelled(value)) for value in (True, False)]
         elif kind == "string":
-            rules.append(_text_rule(schema))
+            rules.append(f"TEXT{len(terminals)}")
+            terminals.append(f"{rules[-1]}: {_text_terminal(schema)}")
         else:
             limits = {name: value for name, value in schema.items() if "imum" in name or name == "multipleOf"}
             rules.append(f"%json {json.dumps({'type': kind, **limits})}")
-    return " | ".join(rules)
+    return rules
 
 
-def _text_rule(schema: Mapping[str, Any]) -> str:
-    longest = schema.get("maxLength", "")
-    length = f"{{{max(1, schema.get('minLength', 1))},{longest}}}"
+def _text_terminal(schema: Mapping[str, Any]) -> str:
+    length = f"{{{max(1, schema.get('minLength', 1))},{schema.get('maxLength', '')}}}"
     text = rf"/[^\x00-\x1f]{length}/"
     if "pattern" in schema:
-        text = f"{text} & /{_whole_pattern(schema['pattern'])}/"
+        pattern = llguidance().regex_to_lark(
+            _whole_pattern(schema["pattern"]), "dw"
+        )  # \d and \w as JSON Schema has them
+        text = f"{text} & /{pattern}/"
     return text
 
 
@@ -164,7 +172,6 @@ def _whole_pattern(pattern: str) -> str | None:
         depth += {"(": 1, ")": -1}.get(character, 0)
         if character in "^$" or (character == "|" and not depth):
             return None
-    middle = re.sub(r"(?<!\\)/", r"\\/", middle)
     return f"{'' if begins else '.*'}{middle}{'' if ends else '.*'}"
 
 

@@ -344,27 +344,13 @@ def _without_absent(value: Any, asked: Any, given: Any, fields: Fields) -> Any:
     asked, given = resolved(asked, fields.asked), resolved(given, fields.schema)
     if "allOf" in given:
         return _without_absent(value, asked, given["allOf"][0], fields)
-    if asked.keys() == {"anyOf"} and "anyOf" not in given:  # nullable() has wrapped it
-        return value if value is None else _without_absent(value, asked["anyOf"][0], given, fields)
     for name in ("anyOf", "oneOf"):
         if name in given:
             for member, original in zip(asked[name], given[name], strict=False):
                 if _fits(value, member, fields):
                     return _without_absent(value, member, original, fields)
     if isinstance(value, dict) and "properties" in given:
-        parts = {
-            name: _without_absent(part, asked["properties"][name], given["properties"][name], fields)
-            if name in given["properties"]
-            else part
-            for name, part in value.items()
-        }
-        required = given.get("required", [])
-        return {
-            name: part
-            for name, part in parts.items()
-            if part is not None or name in required or name not in given["properties"]
-            or _fits(None, given["properties"][name], fields, "schema")
-        }  # fmt: skip
+        return _without_absent_keys(value, asked, given, fields)
     if isinstance(value, list):
         head = given.get("prefixItems", [])
         kinds = zip(asked.get("prefixItems", []), head, strict=True)
@@ -375,6 +361,22 @@ def _without_absent(value: Any, asked: Any, given: Any, fields: Fields) -> Any:
             for part, pair in zip(value, pairs, strict=False)
         ]
     return value
+
+
+def _without_absent_keys(
+    value: dict[str, Any], asked: dict[str, Any], given: dict[str, Any], fields: Fields
+) -> dict[str, Any]:
+    kept = {}
+    for name, part in value.items():
+        if name in given["properties"]:
+            asked_part, given_part = asked["properties"][name], given["properties"][name]
+            if name not in given.get("required", []) and not allows_null(_narrow(given_part, fields.schema, "#")):
+                asked_part = asked_part["anyOf"][0]  # nullable() has wrapped it
+                if part is None and not _fits(None, given_part, fields, "schema"):
+                    continue
+            part = part if part is None else _without_absent(part, asked_part, given_part, fields)
+        kept[name] = part
+    return kept
 
 
 def _fits(value: Any, schema: Any, fields: Fields, root: str = "asked") -> bool:
