@@ -1,5 +1,6 @@
 """The engines give the same text: in this process, by servers, and by workers of Ray; and the command that runs them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -263,6 +264,22 @@ def test_our_server_gives_the_same_text(nano, folder, tmp_path):
 # --- Ray ---
 
 
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they started."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    children = [child for child, parent in parents.items() if parent == pid]
+    return [*children, *(further for child in children for further in descendants(child))]
+
+
+def command_line(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="Ray does not depend on the version; a minute")
 def test_ray_gives_the_same_text_although_a_worker_is_killed(nano, tmp_path):
@@ -277,8 +294,7 @@ def test_ray_gives_the_same_text_although_a_worker_is_killed(nano, tmp_path):
         for row in Run([folder], engine, Task(), tmp_path / "out"):
             rows.append(row)
             if len(rows) == 2:
-                command_lines = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
-                workers = [int(pid) for pid, line in command_lines.items() if line.startswith(b"ray::MapWorker")]
+                workers = [pid for pid in descendants(os.getpid()) if b"ray::MapWorker" in command_line(pid)]
                 os.kill(workers[0], signal.SIGKILL)
                 killed = workers
     finally:
