@@ -170,7 +170,7 @@ def extract(
     else:
         found = asker.ask_pages(pages, asked, batch_size)
     if len(pages) > 1:
-        found += _ask_again(asker, fields, pages, found)
+        _ask_again(asker, fields, pages, found)
     return merge_pages(fields, found)
 
 
@@ -451,16 +451,26 @@ def _confidence_of_tree(tree: Any) -> float:
     return sum(known) / len(known) if known else 0.0
 
 
-def _ask_again(asker: _Asker, fields: Fields, pages: Sequence[Any], found: Sequence[PageValues]) -> list[PageValues]:
-    """Return answers about required fields that no page admitted to have, from the page that was least sure of it."""
+def _ask_again(asker: _Asker, fields: Fields, pages: Sequence[Any], found: list[PageValues]) -> None:
+    """Ask again, without leaving the model the choice, for required fields that no page admitted to have.
+
+    Each is asked of the page that was least sure that it lacks the field; the new value takes the place of all others.
+    A list that is too long for the schema stays as it is: to drop entries would hide that there are more.
+    """
     merged = _merge([page.tree for page in found], fields.asked, fields.asked)
     again: dict[int, dict[str, Any]] = {}
     for name, part in fields.asked["properties"].items():
-        if allows_null(_without_references(part, fields.asked)) or fields.fits(_plain(merged[name]), part):
+        broken = fields.broken_keywords(_plain(merged[name]), part)
+        if not broken or "maxItems" in broken:
             continue
         doubts = [_confidence_of_tree(page.tree.get(name, [])) for page in found]
         again.setdefault(doubts.index(min(doubts)), {})[name] = part
-    return [
-        asker.ask_pages([pages[index]], asked_about(fields.asked, parts), numbers=[index + 1])[0]
-        for index, parts in again.items()
-    ]
+    for index, parts in again.items():
+        answer = asker.ask_pages([pages[index]], asked_about(fields.asked, parts), numbers=[index + 1])[0]
+        for page in found:
+            page.tree = {name: part for name, part in page.tree.items() if name not in parts}
+        page = found[index]
+        page.tree |= answer.tree
+        page.answer += f"\n{answer.answer}"
+        page.tokens += answer.tokens
+        page.status = page.status if page.status != "read" else answer.status

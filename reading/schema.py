@@ -90,9 +90,15 @@ class Fields:
             )
         return cls(schema, _narrow(schema, schema, "#"), build)
 
-    def fits(self, value: Any, part: Any) -> bool:
-        """Return whether a value is an instance of a part of `asked`."""
-        return _fits(value, part, self)
+    def broken_keywords(self, value: Any, part: Any) -> set[str]:
+        """Return the keywords of a part of `asked` that a value breaks, those of its alternatives included."""
+        errors = list(_validator_of_part(part, self.asked).iter_errors(value))
+        keywords = set()
+        while errors:
+            error = errors.pop()
+            keywords.add(error.validator)
+            errors += error.context
+        return keywords
 
     def for_one_of_several_pages(self) -> dict[str, Any]:
         """Return the schema for one page of several: any value may be on another page, so all may be null."""
@@ -309,7 +315,8 @@ def _loosen(schema: Any) -> Any:
     }
     if "properties" in loose:
         loose["properties"] = {name: nullable(part) for name, part in loose["properties"].items()}
-    loose.pop("minItems", None)
+    if "prefixItems" not in loose:  # other lists grow from page to page
+        loose.pop("minItems", None)
     return loose
 
 
@@ -383,5 +390,9 @@ def _fits(value: Any, schema: Any, fields: Fields, root: str = "asked") -> bool:
     """Return whether a value is an instance of a part of one of the schemas."""
     if not isinstance(schema, dict):
         return bool(schema)
-    definitions = {name: part for name, part in getattr(fields, root).items() if name in ("$defs", "definitions")}
-    return validator_of({**definitions, **schema}).is_valid(value)
+    return _validator_of_part(schema, getattr(fields, root)).is_valid(value)
+
+
+def _validator_of_part(schema: dict[str, Any], root: dict[str, Any]) -> Any:
+    definitions = {name: part for name, part in root.items() if name in ("$defs", "definitions")}
+    return validator_of({**definitions, **schema})
