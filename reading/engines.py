@@ -191,14 +191,15 @@ class Transformers:
     def _read_fields(self, page: PageImage, task: Task, tiles: dict[str, int]) -> Answer:
         """Read what one page has of the fields; other pages may have what it lacks."""
         fields = Fields.of(task.schema)
-        asked, _ = schema_prompt(fields, page.is_only_page)
+        asked, text = schema_prompt(fields, page.is_only_page)
+        room = room_for_answer(self.processor, self.model.config.max_sequence_length, text, page.num_tiles, task)
         try:
             found = extract(
                 self.model,
                 self.processor,
                 page.image,
                 Fields(fields.schema, asked, fields.build),
-                max_new_tokens=task.max_new_tokens,
+                max_new_tokens=room,
                 stop_loops=task.stop_loops,
                 **tiles,
             ).pages

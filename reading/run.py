@@ -251,6 +251,7 @@ class Run:
         num_others: files in the folders among the inputs that are no documents.
         counts: how many pages of the documents have which status, once the iteration has ended.
         num_read: pages of this run so far.
+        invalid: documents whose fields, as far as their pages were read, make no valid object.
 
     Raises:
         ValueError, OSError: see `find_documents` and `RunFolder`.
@@ -270,6 +271,7 @@ class Run:
         self.out = out
         self.counts: Counter[str] = Counter()
         self.num_read = 0
+        self.invalid: set[str] = set()
         self._num_unopened, self._num_opened, self._num_known = len(self.sources), 0, 0
 
     @property
@@ -335,11 +337,12 @@ class Run:
 
     def _write_output(self, folder: RunFolder, file: str) -> None:
         rows = folder.rows(file)
-        text = (
-            document_json(rows, self.task.schema)
-            if self.task.schema is not None
-            else document_markdown(rows, self.task)
-        )
+        if self.task.schema is None:
+            text = document_markdown(rows, self.task)
+        else:
+            document = document_fields(rows, self.task.schema)
+            text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+            (self.invalid.discard if document["fields"] is not None else self.invalid.add)(file)
         write_file(self._output(folder, file), text)
 
     def _write_missing_outputs(self, folder: RunFolder) -> None:
@@ -369,8 +372,8 @@ def document_markdown(rows: list[Row], task: Task) -> str:
     return "\n".join(parts)
 
 
-def document_json(rows: list[Row], schema: Any) -> str:
-    """Return the fields of a document as JSON: what its pages have of them, merged; and each value with its page.
+def document_fields(rows: list[Row], schema: Any) -> dict[str, Any]:
+    """Return the fields of a document: what its pages have of them, merged; and each value with its page.
 
     If they make no valid object, `fields` is null and `error` says why.
     """
@@ -399,7 +402,7 @@ def document_json(rows: list[Row], schema: Any) -> str:
     except ExtractionError as error:
         errors.append(str(error))
     document["error"] = " ".join(errors) or None
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return document
 
 
 def _tree(part: Any, confidences: dict[str, float | None], page: int, path: str = "") -> Any:

@@ -67,7 +67,7 @@ def test_a_page_is_answered_as_chat_answers(nano):
 
 
 def test_a_batch_answers_as_single_pages_do(nano, folder):
-    alone, batch = (answers(read(folder, InProcess(nano, size))) for size in (1, 3))
+    alone, batch = (answers(read(folder, InProcess(nano, size), ask=TOTAL)) for size in (1, 3))
     assert alone == batch and len(alone) == 4
 
 
@@ -259,6 +259,52 @@ def test_our_server_gives_the_same_text(nano, folder, tmp_path):
         served.close()
     done = call(folder, "--out", tmp_path / "out", "--server", url, "--ask", TOTAL, "--max-num-tiles", "1")
     assert done.returncode == 2 and "does not answer" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- vLLM ---
+
+VLLM_RUN = """
+import json, os, sys
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+sys.path.insert(0, sys.argv[1])
+import tools
+from nemotron_vl.reading import InProcess, read
+from tests.vllm_generate import keep_float32
+keep_float32()
+options = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 2, "max_model_len": 2048}
+engine = InProcess.load(sys.argv[2], 3, use_vllm=True, **options)
+rows = [read(sys.argv[3], engine, max_new_tokens=200), read(sys.argv[3], engine, ask=sys.argv[4], confidence=True)]
+json.dump(rows, open(sys.argv[5], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_gives_the_same_text(nano, folder, tmp_path):
+    """Images of one tile's size, which both cut to the same pixels."""
+    python = os.environ.get("NEMOTRON_VL_VLLM")
+    if not python:
+        pytest.skip("NEMOTRON_VL_VLLM names no python with vLLM; tests/vllm_environment.sh makes one")
+    from tests.test_vllm import pad_heads
+
+    checkpoint, pages = tmp_path / "nano", tmp_path / "pages"
+    nano.model.save_pretrained(checkpoint)
+    nano.processor.save_pretrained(checkpoint)
+    pad_heads(checkpoint)
+    pages.mkdir()
+    for file in folder.iterdir():
+        Image.open(file).convert("RGB").resize((512, 512)).save(pages / file.name)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    command = [python, "-c", VLLM_RUN, ROOT, checkpoint, pages, TOTAL, tmp_path / "rows.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    read_there, asked_there = json.loads((tmp_path / "rows.json").read_text())
+    asked_here = read(pages, InProcess(nano), ask=TOTAL, confidence=True)
+    assert answers(read_there) == answers(read(pages, InProcess(nano), max_new_tokens=200))
+    assert answers(asked_there) == answers(asked_here)
+    for there, here in zip(asked_there, asked_here, strict=True):
+        assert there["tokens"] == here["tokens"]
+        assert there["confidence"] == pytest.approx(here["confidence"], abs=1e-3)
 
 
 # --- Ray ---

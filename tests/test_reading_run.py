@@ -445,6 +445,52 @@ def test_the_pages_left_are_estimated_from_the_documents_so_far(tmp_path):
     assert [run.num_pages for _ in run] == [9, 9, 9, 6, 5]
 
 
+# --- fields ---
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"total": {"type": "number"}, "date": {"type": "string"}},
+    "required": ["total"],
+}
+
+
+class Fields(Pixel):
+    """Reads the blue value of a page as its total, and the red one as its date; black has neither."""
+
+    def answer(self, images, prompt, task):
+        super().answer(images, prompt, task)
+        answers = []
+        for page in images:
+            red, _, blue = page.image.getpixel((0, 0))
+            fields = {"total": blue or None, "date": str(red) if red else None}
+            more = {"fields": fields, "confidence": {"total": 0.5, "date": 0.25}}
+            answers.append(Answer(json.dumps(fields), 9, "read", more))
+        return answers
+
+
+def test_fields_of_all_pages_make_one_object_with_the_page_of_each_value(tmp_path):
+    pytest.importorskip("jsonschema", reason="pip install jsonschema")
+    folder, out = draw(tmp_path / "in", a=["black", (7, 0, 0), "black", (0, 0, 9)]), tmp_path / "out"
+    run, rows = go(folder, out, Fields(), schema=SCHEMA)
+    assert [list(row) for row in rows] == [[*KEYS, "fields", "confidence"]] * 4 and rows[0]["prompt"] is None
+    found = json.loads((out / "a.tif.json").read_text())
+    assert found["fields"] == {"total": 9, "date": "7"} and found["error"] is None and run.invalid == set()
+    assert found["values"]["total"] == {"value": 9, "confidence": 0.5, "page": 4}
+    assert found["values"]["date"] == {"value": "7", "confidence": 0.25, "page": 2}
+
+
+def test_a_document_without_a_valid_object_says_why_and_is_counted(tmp_path):
+    pytest.importorskip("jsonschema", reason="pip install jsonschema")
+    folder, out = draw(tmp_path / "in", a="black", b=["black", (0, 0, 9)], c=(255, 0, 0)), tmp_path / "out"
+    run, _ = go(folder, out, Fields(), schema=SCHEMA, limit=2)
+    assert {Path(file).name for file in run.invalid} == {"a.png", "b.tif"}
+    run, _ = go(folder, out, Fields(), schema=SCHEMA)
+    assert {Path(file).name for file in run.invalid} == {"c.png"}
+    documents = [json.loads((out / f"{name}.json").read_text()) for name in ("a.png", "b.tif", "c.png")]
+    assert [document["fields"] for document in documents] == [None, {"total": 9}, None]
+    assert "total" in documents[0]["error"] and documents[2]["error"] == "page 1: CUDA out of memory"
+
+
 # --- tasks ---
 
 

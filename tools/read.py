@@ -67,10 +67,11 @@ def show_progress(run: Run) -> None:
 def summary(run: Run, out: Path) -> str:
     """Return the last line: how many pages of the documents have which status, and always how many failed."""
     statuses = [f"{run.counts[status]} {status}" for status in STATUSES if run.counts[status] or status == "failed"]
+    invalid = f" {number(len(run.invalid), 'document')} without a valid object." if run.invalid else ""
     others = f" {number(run.num_others, 'other file')} left out." if run.num_others else ""
     return (
         f"{number(len(run.sources), 'document')}, {number(run.counts.total(), 'page')}: {', '.join(statuses)}."
-        f"{others} {number(run.num_read, 'page')} of this run, and all others, in {out / 'pages.jsonl'}."
+        f"{invalid}{others} {number(run.num_read, 'page')} of this run, and all others, in {out / 'pages.jsonl'}."
     )
 
 
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(arguments.inputs, make_engine(arguments), task, arguments.out, arguments.limit, should_stop)
         show_progress(run)
         print(summary(run, arguments.out))
-        return INTERRUPTED if should_stop() else SOME_FAILED if run.counts["failed"] else 0
+        return INTERRUPTED if should_stop() else SOME_FAILED if run.counts["failed"] or run.invalid else 0
 
 
 if __name__ == "__main__":
