@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from nemotron_vl.image_processing import Tiling, count_tiles
-from nemotron_vl.pictures import open_document
 from PIL import Image
 
 from .inputs import Source, file_digest
@@ -170,6 +169,8 @@ def pages_of(wanted: Wanted, task: Task) -> Iterator[Page | Outcome]:
 
     Errors of the document are a page with that error.
     """
+    from nemotron_vl.pictures import open_document
+
     source = wanted.source
     digest = None
     try:
@@ -265,6 +266,8 @@ class PageReader:
 
     def _look(self, page: Page, row: Row) -> PageImage | None:
         """Render a page, or answer its row by its text layer."""
+        from nemotron_vl.pictures import open_document
+
         if self._key != (page.file, page.sha256):
             self.close()
             self._document = open_document(page.file, pages=self.task.pages, password=self.task.password)

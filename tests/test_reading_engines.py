@@ -23,6 +23,7 @@ from tools import ROOT
 from tools import read as command
 from tools.chat import load
 
+pytest.importorskip("nemotron_vl.pictures", reason="it opens the documents")
 NANO = ROOT / "nano"
 RECEIPT = ROOT / "examples" / "receipt.png"
 TOTAL = "What is the total?"

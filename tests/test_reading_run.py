@@ -18,6 +18,7 @@ from nemotron_vl.reading.pages import KEYS, STATUSES, Answer, PageImage, Task
 from nemotron_vl.reading.run import Run, read, write_file
 from PIL import Image
 
+pytest.importorskip("nemotron_vl.pictures", reason="it opens the documents")
 fcntl = pytest.importorskip("fcntl", reason="processes are forked and killed")
 
 
