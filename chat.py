@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
 from .answers import MAX_EQUAL_ROWS, LoopCriteria, TokenProbabilities, confidence
+from .pictures import flatten_images, open_document
 from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -39,6 +40,7 @@ from .prompts import (
 logger = logging.get_logger(__name__)
 
 # The length of an answer if the caller gives none, as in the examples of the model card.
+TEMPLATE_TOKENS = 16  # at most, that a chat template writes around a text
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 
@@ -184,6 +186,10 @@ class ChatMixin:
         truncation: str | None = None,
         enable_thinking: bool | None = None,
         past_key_values: ChatCache | None = None,
+        document: Any = None,
+        pages: str | Sequence[int] | None = None,
+        password: str | None = None,
+        max_num_tiles: int | str | None = None,
         return_confidence: bool = False,
         return_dict: bool = False,
         stop_loops: bool | int = False,
@@ -219,6 +225,11 @@ class ChatMixin:
             past_key_values: a cache from `chat_cache()`, updated in place. It saves time and does not change the
                 answer: the beginning that a prompt shares with the previous one is not computed again, images
                 included. Pass all pixels and the history, as you do without a cache. One question only.
+            document: a PDF or another document (see `open_document`), or a list of them, in place of `pixel_values`;
+                its pages are the images. `tokenizer` then has to be the processor. One question only.
+            pages, password: which pages of the document, such as "1-3,7", and the password of an encrypted one.
+            max_num_tiles: of each page; None leaves the processor's, and "fit" takes the largest number with which all
+                pages fit the context beside question and answer.
             return_confidence: also return how probable the answer is, 0..1: the product of the probabilities of its
                 tokens, to the power `1 / confidence_temperature` (a key of the checkpoint's generation_config, 1
                 without it). Reasoning does not count. Not with beams or drafts.
@@ -237,8 +248,17 @@ class ChatMixin:
         _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         if truncation not in (None, "oldest_turns"):
             raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
         options, extra_options = self._generation_options(tokenizer, generation_config)
+        if document is not None:
+            if pixel_values is not None or visual_features is not None or not isinstance(question, str):
+                raise ValueError("document= takes the place of pixel_values, and goes with one question.")
+            texts = [question, system_prompt or "", *(text for pair in _check_history(history) for text in pair)]
+            room = self.config.max_sequence_length - (options.max_new_tokens or 1)
+            features = _document_tiles(processor, document, pages, password, max_num_tiles, texts, room)
+            pixel_values, num_patches = features["pixel_values"], features["num_patches"]
+        elif (pages, password, max_num_tiles) != (None, None, None):
+            raise ValueError("pages, password and max_num_tiles are options of document=, which was not given.")
         if past_key_values is not None:
             _check_chat_cache(past_key_values, question, options)
             extra_options["past_key_values"] = past_key_values
@@ -748,6 +768,34 @@ def _num_equal_tiles(kept: torch.Tensor | None, tiles: torch.Tensor) -> int:
     number = min(len(kept), len(tiles))
     equal = (kept[:number] == tiles[:number]).flatten(1).all(1)
     return _num_equal(equal.tolist(), [True] * number)
+
+
+def _document_tiles(
+    processor: Any,
+    document: Any,
+    pages: str | Sequence[int] | None,
+    password: str | None,
+    max_num_tiles: int | str | None,
+    texts: list[str],
+    room: int,
+) -> Any:
+    """Return the tiles of the pages of a document, or of several, by the processor that the caller gave.
+
+    Args:
+        texts: question, history and system text, whose tokens and those of the template around them need room, too.
+        room: tokens for the prompt.
+    """
+    if not hasattr(processor, "image_processor"):
+        raise TypeError(
+            f"chat(document=...) needs the processor in place of the tokenizer, got {type(processor).__name__}. Load "
+            "it with AutoProcessor."
+        )
+    documents = document if isinstance(document, list) else [document]
+    images = list(flatten_images([open_document(one, pages=pages, password=password) for one in documents]))
+    text_tokens = sum(len(processor.tokenizer(text)["input_ids"]) for text in texts)
+    # The template writes some tokens around each text, and a line feed after each page.
+    text_tokens += TEMPLATE_TOKENS * (len(texts) + 1) + len(images)
+    return processor.image_processor(images, **processor.fitting_options(images, max_num_tiles, room - text_tokens))
 
 
 def _check_image_tokens(start: str, end: str, context: str) -> None:

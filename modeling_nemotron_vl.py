@@ -34,6 +34,7 @@ from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .decode_attention import default_attention
 from .packed_matmul import has_kernel as has_kernel  # as above
+from .pictures import Document as Document  # as above
 from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput

@@ -57,7 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|finetune_right_pad_id|>",
         additional_special_tokens=list(SPECIAL_TOKENS[7:]),
         chat_template=CHAT_TEMPLATE,
-        model_max_length=16384,
+        model_max_length=4096,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

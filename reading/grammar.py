@@ -110,7 +110,7 @@ def plain_value(text: str, schema: Mapping[str, Any]) -> Any:
     validator = validator_of(dict(schema))
     values = [value for value in _choices(schema) if text == _spelled(value)]
     values += [value for value in (True, False) if text == _spelled(value)]
-    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text):
+    if re.fullmatch(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?", text):
         values.append(json.loads(text))
     return next(filter(validator.is_valid, values), text)
 
@@ -207,14 +207,14 @@ class Grammar(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         new_ids = [[]] * len(input_ids) if self._num_seen is None else input_ids[:, self._num_seen :].tolist()
         self._num_seen = input_ids.shape[1]
-        allowed = np.ones((len(scores), scores.shape[1]), dtype=bool)
+        blocked = np.zeros((len(scores), scores.shape[1]), dtype=bool)
         for row, (matcher, ids) in enumerate(zip(self._matchers, new_ids, strict=True)):
             if matcher.is_stopped() and not matcher.is_error():
                 continue  # ended: what follows is padding
             if not matcher.consume_tokens(ids):
                 raise RuntimeError(f"The grammar library gave up: {matcher.get_error()[:300]}")
-            bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-            allowed[row] = np.unpackbits(bits, count=scores.shape[1], bitorder="little")
+            blocked_bits = ~np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            blocked[row] = np.unpackbits(blocked_bits, count=scores.shape[1], bitorder="little")
             if matcher.is_error():
                 raise RuntimeError(f"The grammar library gave up: {matcher.get_error()[:300]}")
-        return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
+        return scores.masked_fill(torch.from_numpy(blocked).to(scores.device), -torch.inf)

@@ -6,6 +6,7 @@ import typing
 import jsonschema
 import pytest
 from nemotron_vl.reading import ExtractionError, Fields, extract, merge_pages, page_values
+from nemotron_vl.reading.grammar import plain_value
 from nemotron_vl.reading.schema import FORMATS
 from PIL import Image
 
@@ -170,6 +171,23 @@ def test_the_missing_package_is_named(monkeypatch, model, processor):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"pip install 'nemotron-vl\[fields\]'"):
         extract(model, processor, PAGE, ["total"])
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("059354", TEXT, "059354"),
+        ("12", TEXT, "12"),
+        ("12.50", {"type": "number"}, 12.5),
+        ("7", {"anyOf": [{"type": "number", "maximum": 5}, TEXT]}, "7"),
+        ("Yes.", {"type": "boolean"}, True),
+        ("Yes.", TEXT, "Yes."),
+        ("1", {"enum": [1, "x"]}, 1),
+    ],
+)
+def test_a_plain_answer_stands_for_a_value_of_the_schema(text, schema, value):
+    found = plain_value(text, schema)
+    assert found == value and type(found) is type(value)
 
 
 def test_other_formats_of_answers_are_errors():

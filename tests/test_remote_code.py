@@ -37,19 +37,20 @@ ENTRY_FILES = [
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
-    "prompts": "",
+    "pictures": "",
+    "prompts": "pictures",
     "answers": "",
-    "image_processing": "",
+    "image_processing": "pictures",
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
     "decode_attention": "triton_kernels",
     "quantization_nemotron_vl": "checkpoint packed_matmul",
-    "chat": "prompts answers",
-    "processing_nemotron_vl": "prompts image_processing",
+    "chat": "prompts pictures answers",
+    "processing_nemotron_vl": "prompts image_processing pictures",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul answers"  # the last two for transformers 4.57, which copies direct imports alone
+        "prompts packed_matmul pictures answers"  # the last three for transformers 4.57, which copies direct imports alone
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
