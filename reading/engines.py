@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from nemotron_vl.answers import LoopCriteria, confidence
-from nemotron_vl.image_processing import Tiling
 from PIL import Image
 
 from .extraction import INSTRUCTIONS, ExtractionError, PageValues, extract, page_values
@@ -54,6 +53,13 @@ def page_prompt_of(config: Any) -> str:
     return tasks.get("markdown", {}).get("prompt", PAGE_PROMPT)
 
 
+def describe_backend(backend: Any, config: Any, processor: Any) -> None:
+    """Give a backend what its checkpoint says about pages."""
+    backend.processor, backend.tiling = processor, processor.image_processor.tiling
+    backend.window, backend.tokens_per_tile = config.max_sequence_length, processor.tokens_per_tile
+    backend.page_prompt = page_prompt_of(config)
+
+
 def load_processor(directory: Path) -> tuple[Any, Any]:
     """Return config and processor of a checkpoint directory, without its weights.
 
@@ -81,22 +87,22 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def room_for_answer(processor: Any, window: int, prompt: str, num_tiles: int, task: Task) -> int:
+def room_for_answer(backend: Backend, prompt: str, num_tiles: int, task: Task) -> int:
     """Return how many tokens an answer about one image may have: those of the task, at most what the context leaves.
 
     Raises:
         ValueError: if it leaves none.
     """
-    rendered = processor.apply_chat_template(
+    rendered = backend.processor.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    num_tokens = len(rendered["input_ids"][0]) + processor.tokens_per_tile * num_tiles + IMAGE_MARKS
-    if num_tokens >= window:
+    num_tokens = len(rendered["input_ids"][0]) + backend.tokens_per_tile * num_tiles + IMAGE_MARKS
+    if num_tokens >= backend.window:
         raise ValueError(
-            f"A page of {num_tiles} tiles makes a prompt of {num_tokens} tokens, and the context of {window} tokens "
+            f"A page of {num_tiles} tiles makes a prompt of {num_tokens} tokens, and the context of {backend.window} tokens "
             "holds prompt and answer. Lower max_num_tiles, or take 'fit'."
         )
-    return min(task.max_new_tokens, window - num_tokens)
+    return min(task.max_new_tokens, backend.window - num_tokens)
 
 
 def finished_answer(
@@ -148,10 +154,9 @@ class Transformers:
     """
 
     def __init__(self, model: Any, processor: Any, name: str | None = None):
-        self.model, self.processor = model, processor
+        self.model = model
         self.name = name or Path(model.name_or_path).name or type(model).__name__
-        self.tiling: Tiling = processor.image_processor.tiling
-        self.page_prompt = page_prompt_of(model.config)
+        describe_backend(self, model.config, processor)
 
     @classmethod
     def load(cls, directory: Path, **options: Any) -> "Transformers":
@@ -164,11 +169,13 @@ class Transformers:
         return cls(model, processor, directory.resolve().name)
 
     def answer(self, images: list[PageImage], prompt: str | None, task: Task) -> list[Answer]:
-        tiles = {} if task.max_num_tiles is None else {"max_num_tiles": task.max_num_tiles}
         if task.schema is not None:
-            return [self._read_fields(image, task, tiles) for image in images]
-        window = self.model.config.max_sequence_length
-        rooms = [room_for_answer(self.processor, window, prompt, image.num_tiles, task) for image in images]
+            return [self._read_fields(image, task) for image in images]
+        rooms = [room_for_answer(self, prompt, image.num_tiles, task) for image in images]
+        cut = [
+            self.processor.image_processor(page.image, return_tensors="pt", max_num_tiles=page.max_num_tiles)
+            for page in images
+        ]
         answers = self.model.chat(
             self.processor,
             question=[prompt] * len(images),
@@ -176,7 +183,8 @@ class Transformers:
             return_dict=True,
             return_confidence=task.confidence,
             stop_loops=task.stop_loops,
-            **self.processor.image_processor([image.image for image in images], return_tensors="pt", **tiles),
+            pixel_values=torch.cat([tiles["pixel_values"] for tiles in cut]),
+            num_patches=torch.cat([tiles["num_patches"] for tiles in cut]),
         )
         return [
             Answer(
@@ -188,11 +196,11 @@ class Transformers:
             for answer in answers
         ]
 
-    def _read_fields(self, page: PageImage, task: Task, tiles: dict[str, int]) -> Answer:
+    def _read_fields(self, page: PageImage, task: Task) -> Answer:
         """Read what one page has of the fields; other pages may have what it lacks."""
         fields = Fields.of(task.schema)
         asked, text = schema_prompt(fields, page.is_only_page)
-        room = room_for_answer(self.processor, self.model.config.max_sequence_length, text, page.num_tiles, task)
+        room = room_for_answer(self, text, page.num_tiles, task)
         try:
             found = extract(
                 self.model,
@@ -201,7 +209,7 @@ class Transformers:
                 Fields(fields.schema, asked, fields.build),
                 max_new_tokens=room,
                 stop_loops=task.stop_loops,
-                **tiles,
+                max_num_tiles=page.max_num_tiles,
             ).pages
         except ExtractionError as error:  # the whole document has to be valid, and not each page
             found = error.pages
@@ -221,16 +229,17 @@ class VLLM:
             from vllm import LLM
         except ImportError as error:
             raise ImportError(f"vLLM is not installed: pip install vllm. {error}") from error
-        config, self.processor = load_processor(directory)
+        config, processor = load_processor(directory)
         self.name = directory.resolve().name
-        self.tiling = self.processor.image_processor.tiling
-        self.page_prompt, self.window = page_prompt_of(config), config.max_sequence_length
+        describe_backend(self, config, processor)
         options = {"max_model_len": config.max_sequence_length, "limit_mm_per_prompt": {"image": 1}, **options}
         self._llm = LLM(str(directory), trust_remote_code=True, **options)
 
     def answer(self, images: list[PageImage], prompt: str | None, task: Task) -> list[Answer]:
         from vllm import SamplingParams
 
+        if len({image.max_num_tiles for image in images}) > 1:  # it is an option of all images of a call
+            return [answer for image in images for answer in self.answer([image], prompt, task)]
         conversations, options = [], []
         for image in images:
             limits = {"temperature": 0, "logprobs": 0 if task.confidence else None}
@@ -240,10 +249,11 @@ class VLLM:
 
                 asked, text = schema_prompt(Fields.of(task.schema), image.is_only_page)
                 limits["structured_outputs"] = StructuredOutputsParams(json=asked)
-            limits["max_tokens"] = room_for_answer(self.processor, self.window, text, image.num_tiles, task)
+            limits["max_tokens"] = room_for_answer(self, text, image.num_tiles, task)
             options.append(SamplingParams(**limits))
             conversations.append(messages_for(data_url(image.image), text))
-        tiles = None if task.max_num_tiles is None else {"max_num_tiles": task.max_num_tiles}
+        max_num_tiles = images[0].max_num_tiles
+        tiles = None if max_num_tiles == self.tiling.max_num_tiles else {"max_num_tiles": max_num_tiles}
         outputs = self._llm.chat(conversations, options, use_tqdm=False, mm_processor_kwargs=tiles)
         return [self._answer_of(output.outputs[0], task) for output in outputs]
 
@@ -277,9 +287,8 @@ class ChatServer:
             import openai
         except ImportError as error:
             raise ImportError(f"Reading by a server needs a package: pip install openai. {error}") from error
-        config, self.processor = load_processor(Path(directory))
-        self.tiling = self.processor.image_processor.tiling
-        self.page_prompt, self.window = page_prompt_of(config), config.max_sequence_length
+        config, processor = load_processor(Path(directory))
+        describe_backend(self, config, processor)
         key = os.environ.get("OPENAI_API_KEY", "none")
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=5, timeout=3600)
         try:
@@ -306,16 +315,16 @@ class ChatServer:
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         if task.confidence:
             options["logprobs"] = True
-        if task.max_num_tiles is not None:
+        if page.max_num_tiles != self.tiling.max_num_tiles:
             more["mm_processor_kwargs" if self.is_vllm else "chat_template_kwargs"] = {
-                "max_num_tiles": task.max_num_tiles
+                "max_num_tiles": page.max_num_tiles
             }
         try:
             completion = self._client.chat.completions.create(
                 model=self.name,
                 messages=messages_for(data_url(page.image), prompt),
                 temperature=0,
-                max_tokens=room_for_answer(self.processor, self.window, prompt, page.num_tiles, task),
+                max_tokens=room_for_answer(self, prompt, page.num_tiles, task),
                 extra_body=more,
                 **options,
             )

@@ -1,12 +1,14 @@
 """One page of a document: what is asked about it, its image, and the row that says what was answered."""
 
-import contextlib
+import math
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from nemotron_vl.image_processing import Tiling, count_tiles
+from nemotron_vl.image_processing import Tiling, count_tiles, page_tiling, plan_pages, render_page
+from nemotron_vl.pictures import open_document
 from PIL import Image
 
 from .inputs import Source, file_digest
@@ -22,6 +24,8 @@ PAGE_PROMPT = (
 )
 # A text layer that has fewer letters and digits than this is a page number or a stamp on a scan.
 MIN_LETTERS_OF_TEXT_LAYER = 40
+FIT = "fit"  # as max_num_tiles
+PROMPT_TOKENS = 100  # that "fit" counts for the text beside a page
 # What a page that cannot be read raises; PDFium's and CUDA's errors are RuntimeErrors. Other errors are bugs.
 PAGE_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 
@@ -65,9 +69,12 @@ class Task:
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text.strip()):
                 raise ValueError(f"{name} must be a text that is not empty, got {text!r}.")
+        page_ranges(self.pages)
         given = [name for name in ("ask", "schema", "prompt", "text_layer") if getattr(self, name)]
         if len(given) > 1 and set(given) != {"prompt", "text_layer"}:
             raise ValueError(f"{' and '.join(given)} ask for different things. Give one of them.")
+        if isinstance(self.max_num_tiles, str) and self.max_num_tiles != FIT:
+            raise ValueError(f"max_num_tiles must be a number or 'fit', got {self.max_num_tiles!r}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if self.schema is not None:
@@ -91,12 +98,14 @@ class PageImage(NamedTuple):
 
     Attributes:
         image: RGB.
-        num_tiles: that it is cut into.
+        num_tiles: that it is cut into, the thumbnail included.
+        max_num_tiles: largest number with which it is cut into these; the page may be drawn too large for more.
         is_only_page: whether its document has no other page, so that the fields of a schema are all on it.
     """
 
     image: Image.Image
     num_tiles: int
+    max_num_tiles: int
     is_only_page: bool
 
 
@@ -122,6 +131,8 @@ class Backend(Protocol):
     name: str  # in the rows, under `model`
     tiling: Tiling
     page_prompt: str  # what asks for the whole page
+    window: int  # tokens of prompt and answer together
+    tokens_per_tile: int
 
     def answer(self, images: list[PageImage], prompt: str | None, task: Task) -> list[Answer]:
         """Answer about each of the images by itself; `prompt` is None for a schema."""
@@ -164,25 +175,53 @@ class Outcome(NamedTuple):
     num_wanted: int
 
 
+def open_for_task(file: str, task: Task) -> Any:
+    """Open a document with the pages that a task wants of it; those that it does not have are left out.
+
+    Raises:
+        ValueError, OSError, ImportError: see `open_document`; also if it has none of the pages.
+    """
+    document = open_document(file, password=task.password)
+    if task.pages is None:
+        return document
+    ranges = page_ranges(task.pages)
+    numbers = [number for number in document.page_numbers if any(first <= number <= last for first, last in ranges)]
+    if not numbers:
+        document.close()
+        raise ValueError(f"pages={task.pages!r} are none of the pages 1 to {len(document)} of {document.name}.")
+    return open_document(document, pages=numbers)
+
+
+def page_ranges(pages: str | None) -> list[tuple[int, float]]:
+    """Return the first and last number of each range of pages, as in "1-3,7,12-".
+
+    Raises:
+        ValueError: if they are written in another form.
+    """
+    pieces = [] if pages is None else str(pages).split(",")
+    found = [re.fullmatch(r"\s*(\d{1,9})\s*(-\s*(\d{1,9})?)?\s*", piece, re.ASCII) for piece in pieces]
+    ranges = [(int(one[1]), float(one[3] or (math.inf if one[2] else one[1]))) for one in found if one]
+    if len(ranges) < len(pieces) or any(not 1 <= first <= last for first, last in ranges):
+        raise ValueError(f"pages must look like '1-3,7' or '12-', numbers from 1, got {pages!r:.80}.")
+    return ranges
+
+
 def pages_of(wanted: Wanted, task: Task) -> Iterator[Page | Outcome]:
     """Yield the pages of a document that are to be read; an `Outcome` without a row if there are none.
 
     Errors of the document are a page with that error.
     """
-    from nemotron_vl.pictures import open_document
-
     source = wanted.source
     digest = None
     try:
         if source.error:
             raise ValueError(source.error)
         digest = file_digest(source.file)
-        with contextlib.closing(open_document(source.file, pages=task.pages, password=task.password)) as document:
-            numbers = list(document.page_numbers)
+        with open_for_task(source.file, task) as document:
+            numbers = [number for number in document.page_numbers if (digest, number) not in wanted.done]
     except PAGE_ERRORS as error:
         yield Page(source.file, digest, None, 1, sentence_of(error))
         return
-    numbers = [number for number in numbers if (digest, number) not in wanted.done]
     for number in numbers:
         yield Page(source.file, digest, number, len(numbers))
     if not numbers:
@@ -266,27 +305,31 @@ class PageReader:
 
     def _look(self, page: Page, row: Row) -> PageImage | None:
         """Render a page, or answer its row by its text layer."""
-        from nemotron_vl.pictures import open_document
-
         if self._key != (page.file, page.sha256):
             self.close()
-            self._document = open_document(page.file, pages=self.task.pages, password=self.task.password)
+            self._document = open_for_task(page.file, self.task)
             self._key = (page.file, page.sha256)
         document = self._document
-        place = list(document.page_numbers).index(page.number)
+        page_of_document = document[document.page_numbers.index(page.number)]
         if self.task.text_layer:
-            text = document.text(place) or ""
+            text = page_of_document.text or ""
             if sum(map(str.isalnum, text)) >= MIN_LETTERS_OF_TEXT_LAYER:
                 row.update(answer=text.strip(), status="text layer", prompt=None)
                 return None
-        tiling = tiling_of(self.backend, self.task)
-        image = document.render(place, tiling, tiling.max_num_tiles)
-        row["tiles"] = count_tiles(image.height, image.width, tiling)
-        return PageImage(image, row["tiles"], len(document.page_numbers) == 1)
+        size, tiling = page_tiling(page_of_document, self._tiling_for(page_of_document.natural_size))
+        row["tiles"] = count_tiles(*size, tiling)
+        return PageImage(render_page(page_of_document, tiling), row["tiles"], tiling.max_num_tiles, len(document) == 1)
 
-
-def tiling_of(backend: Backend, task: Task) -> Tiling:
-    """Return how the pages of a task are cut into tiles."""
-    if task.max_num_tiles is None:
-        return backend.tiling
-    return replace(backend.tiling, max_num_tiles=task.max_num_tiles)
+    def _tiling_for(self, size: tuple[int, int]) -> Tiling:
+        """Return how a page of this natural size is cut; "fit" keeps room for the answer, at most half the context."""
+        backend, wish = self.backend, self.task.max_num_tiles
+        if wish == FIT:
+            wish = plan_pages(
+                [size],
+                backend.tiling,
+                context_length=backend.window,
+                answer_tokens=min(self.task.max_new_tokens, backend.window // 2),
+                prompt_tokens=PROMPT_TOKENS,
+                tokens_per_tile=backend.tokens_per_tile,
+            ).max_num_tiles
+        return backend.tiling if wish is None else replace(backend.tiling, max_num_tiles=wish)

@@ -61,7 +61,7 @@ def test_the_notebook_about_reading_is_stored_with_its_outputs():
 
 @pytest.mark.slow
 def test_the_notebook_about_reading_runs_from_end_to_end():
-    for package in ("pandas", "pypdfium2", "llguidance", "jsonschema", "nemotron_vl.pictures"):
+    for package in ("pandas", "pypdfium2", "llguidance", "jsonschema"):
         pytest.importorskip(package, reason=f"pip install {package}")
     code = ["".join(cell["source"]) for cell in notebook_cells("reading.ipynb") if cell["cell_type"] == "code"]
     checks = """

@@ -23,7 +23,6 @@ from tools import ROOT
 from tools import read as command
 from tools.chat import load
 
-pytest.importorskip("nemotron_vl.pictures", reason="it opens the documents")
 NANO = ROOT / "nano"
 RECEIPT = ROOT / "examples" / "receipt.png"
 TOTAL = "What is the total?"
@@ -96,6 +95,7 @@ class Looping:
     def __init__(self, backend: Transformers):
         self.backend = backend
         self.name, self.tiling, self.page_prompt = backend.name, backend.tiling, backend.page_prompt
+        self.window, self.tokens_per_tile = backend.window, backend.tokens_per_tile
 
     def answer(self, images, prompt, task):
         letter = self.backend.processor.tokenizer.encode("a", add_special_tokens=False)[0]
@@ -112,7 +112,7 @@ class Looping:
 
 
 def test_a_page_that_fills_the_context_is_a_failed_page_with_both_numbers(nano, monkeypatch):
-    monkeypatch.setattr(nano.model.config, "max_sequence_length", 200)
+    monkeypatch.setattr(nano, "window", 200)
     (row,) = read(RECEIPT, InProcess(nano))
     assert row["status"] == "failed" and "context" in row["error"] and "200" in row["error"]
 

@@ -18,7 +18,6 @@ from nemotron_vl.reading.pages import KEYS, STATUSES, Answer, PageImage, Task
 from nemotron_vl.reading.run import Run, read, write_file
 from PIL import Image
 
-pytest.importorskip("nemotron_vl.pictures", reason="it opens the documents")
 fcntl = pytest.importorskip("fcntl", reason="processes are forked and killed")
 
 
@@ -28,6 +27,7 @@ class Pixel:
     name = "pixel"
     tiling = V1_TILING
     page_prompt = "Which colour?"
+    window, tokens_per_tile = 16384, 256
 
     def __init__(self, seconds: float = 0.0):
         self.seconds = seconds

@@ -25,7 +25,7 @@ from nemotron_vl.reading.pages import STATUSES, Task
 from nemotron_vl.reading.run import Run
 
 from . import ROOT
-from .command_line import INTERRUPTED, command_parser, progress, require_checkpoint
+from .command_line import INTERRUPTED, command_parser, progress, require_checkpoint, usable_device
 
 SOME_FAILED = 1
 
@@ -88,7 +88,7 @@ def make_engine(arguments: argparse.Namespace) -> Any:
     """Return what reads, by the options about where."""
     if arguments.server:
         return Server(ChatServer(arguments.server, arguments.model, arguments.server_model), arguments.concurrency)
-    options = {} if arguments.device is None or arguments.vllm else {"device_map": arguments.device}
+    options = {} if arguments.vllm else {"device_map": arguments.device or "auto"}
     if arguments.engine == "ray":
         resources = {"workers": arguments.workers, "cpus": arguments.cpus, "gpus": arguments.gpus}
         return RayWorkers(arguments.model, arguments.batch_size, arguments.vllm, **resources, **options)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once; default %(default)s")
     where.add_argument("--vllm", action="store_true", help="hold the model by vLLM instead of transformers")
     where.add_argument("--batch-size", type=int, default=1, metavar="N", help="pages at once; default %(default)s")
-    where.add_argument("--device", help="cpu, cuda, ...; the default is accelerate's choice on a GPU, and the CPU")
+    where.add_argument("--device", type=usable_device, help="cpu, cuda, ...; the default is what accelerate chooses")
     where.add_argument("--workers", type=int, default=1, metavar="N", help="of Ray; default %(default)s")
     where.add_argument("--cpus", type=float, default=1, metavar="N", help="of each worker; default %(default)s")
     where.add_argument("--gpus", type=float, default=0, metavar="N", help="of each worker; default %(default)s")
