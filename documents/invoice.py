@@ -3,7 +3,7 @@
     pip install fpdf2
     python -m documents.invoice examples/invoice.pdf
 
-nano reads pages whose characters stand in a grid of 16 columns and 16 rows, so these do. They are small, 79 x 102 mm,
+nano reads pages whose characters stand in a grid of 16 columns and 16 rows, so these do. They are small, 79 x 96 mm,
 so that each is one tile.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from documents.generator import COLUMNS, ROWS_PER_PAGE
 
-CELL = (14, 18)  # width and height of a character, in points
-FONT_SIZE = 15
+CELL = (14, 17)  # width and height of a character, in points
+FONT_SIZE = 14
 BASELINE = 0.78  # of a row, from its top
 PAGES = (
     (
