@@ -393,8 +393,6 @@ class ChatMixin:
             keep_probabilities: keep those of the tokens.
             stop_loops: see `chat`.
         """
-        device = self.get_input_embeddings().weight.device
-        device = torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate's hooks move inputs
         ids, mask = _pad_left([prompt.input_ids for prompt in prompts], options.pad_token_id)
         cache, new_tiles = extra_options.get("past_key_values"), tiles
         if isinstance(cache, ChatCache):
@@ -410,8 +408,8 @@ class ChatMixin:
             loops = LoopCriteria(tokenizer, MAX_EQUAL_ROWS if stop_loops is True else stop_loops)
             extra_options["stopping_criteria"] = [*(extra_options.get("stopping_criteria") or ()), loops]
         output = self.generate(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=torch.tensor(mask, device=device),
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
             generation_config=options,
             streamer=streamer,
             **({} if new_tiles is None else {name: new_tiles}),

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from .triton_kernels import runs_kernels
+from .triton_kernels import capability, runs_kernels
 
 try:
     import triton
@@ -23,10 +23,11 @@ except ImportError:  # see triton_kernels
 
 NAME = "nemotron_vl_decode"  # as an `attn_implementation`
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-BLOCK_PLACES = 64
+BLOCK_PLACES = {2: 64, 4: 32}  # by the bytes of a number; 64 places in float32 do not fit the registers
 NUM_PARTS = 32  # programs for each key head; they take the blocks of places in turn
 SHARED_QUERIES = 16  # rows of a product on tensor cores, the fewest that Triton multiplies
-MAX_HEAD_BYTES = 256  # of a key; twice that, in float32, takes 72 KiB of shared memory, and a T4 has 64
+MAX_HEAD_BYTES = 256  # of a key
+CAPABILITY = (8, 0)  # for older tensor cores Triton multiplies without them, and spills registers
 
 if triton is not None:
 
@@ -99,7 +100,7 @@ def _launch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Attend with `(batch, heads, 1, head_size)` over `(batch, key_heads, places, head_size)`; see `has_kernel`."""
-    query, key, value, mask = query.contiguous(), key.contiguous(), value.contiguous(), mask.contiguous()
+    query, mask = query.contiguous(), mask.contiguous()
     num_rows, num_heads, num_places, head_size = key.shape
     num_queries = query.shape[0] * query.shape[1]
     sums = query.new_empty(num_queries, NUM_PARTS, head_size, dtype=torch.float32)
@@ -120,7 +121,7 @@ def _launch(
             query.shape[1] // num_heads,
             head_size,
             NUM_PARTS,
-            BLOCK_PLACES,
+            BLOCK_PLACES[query.element_size()],
             SHARED_QUERIES,
         )
         _join_kernel[(num_queries,)](sums, totals, peaks, outputs, head_size, NUM_PARTS)
@@ -148,12 +149,15 @@ def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask
         and query.shape[2] == 1
         and query.shape[1] <= SHARED_QUERIES * num_heads
         and value.shape == key.shape
+        and key.is_contiguous()  # a copy of the whole cache in every step would cost more than the kernel saves
+        and value.is_contiguous()
         and query.dtype == key.dtype == value.dtype
         and query.dtype in KERNEL_DTYPES
         and 16 <= head_size <= MAX_HEAD_BYTES // query.element_size()
         and head_size & (head_size - 1) == 0
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and runs_kernels(query.device)
+        and capability(query.device) >= CAPABILITY
     )
 
 

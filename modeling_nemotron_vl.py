@@ -28,13 +28,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
-from .answers import LoopCriteria as LoopCriteria  # transformers 4.57 copies only files that are imported here
+# transformers 4.57 copies only files that are imported here: some names are imported for that alone.
+from .answers import LoopCriteria as LoopCriteria
+from .c_compiler import load_library as load_library
 from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from .cpu_matmul import has_product as has_product
 from .decode_attention import default_attention
-from .packed_matmul import has_kernel as has_kernel  # as above
-from .pictures import Document as Document  # as above
+from .packed_matmul import has_kernel as has_kernel
+from .pictures import Document as Document
 from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
@@ -353,7 +356,11 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         return self.mlp1(_move(merged, weight.device).to(weight.dtype))
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor:
         """Find the image tokens and check that there is one feature for each.
 
@@ -361,6 +368,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             input_ids: `(batch_size, sequence_length)`; None compares `inputs_embeds` with the image token's embedding.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`.
             image_features: `(num_visual_tokens, hidden_size)`.
+            num_placeholders: how many image tokens the ids have, if that is known; counting them waits for the device.
 
         Returns:
             bool `(batch_size, sequence_length, hidden_size)`.
@@ -374,15 +382,19 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == image_token_id
-        _check_counts(mask.sum(), image_features.shape[0])
+        _check_counts(mask.sum() if num_placeholders is None else num_placeholders, image_features.shape[0])
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
     def _insert_images(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor:
         """Return `inputs_embeds` with the rows of the image tokens replaced by the images' features, in order."""
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, num_placeholders)
         return inputs_embeds.masked_scatter(mask, image_features)
 
     def _language_model_inputs(
@@ -404,10 +416,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             raise ValueError("Pass exactly one of input_ids and inputs_embeds to forward.")
         if pixel_values is not None and mm_encoder_outputs:
             raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        given_ids, input_ids = input_ids, self._beside_embeddings(input_ids)
         image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        num_placeholders = None
         if pixel_values is not None:
             if torch.compiler.is_compiling():
                 num_patches = None  # only splits the features by image; its numbers would break the compiled graph
+            else:
+                num_patches, num_placeholders = _read_numbers(num_patches, self._count_images(given_ids))
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         image_features = None if image_outputs is None else _features_of(image_outputs)
         if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
@@ -418,7 +434,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
                 return {"input_ids": input_ids}, None
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if image_features is not None:
-            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features)
+            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features, num_placeholders)
         elif runs_blank_tile:
             side = self.config.patch_size * self.config.merge_size
             blank = torch.zeros(1, 3, side, side, device=self.vision_model.device)
@@ -446,6 +462,16 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Whether a device map places the model on several devices."""
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
+
+    def _beside_embeddings(self, tensor: Any) -> Any:
+        """Move ids or a mask, if it is a tensor, to the device of the embeddings."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        return _move(tensor, self.get_input_embeddings().weight.device)
+
+    def _count_images(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Count the image tokens of ids, on their device."""
+        return None if input_ids is None else (input_ids == self._image_token_id()).sum()
 
     def _check_no_images(self, input_ids: torch.Tensor) -> None:
         """Raise if a prompt without images has image tokens."""
@@ -507,8 +533,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
-        if position_ids is not None and "inputs_embeds" in prompt:
-            position_ids = position_ids.to(prompt["inputs_embeds"].device)
+        attention_mask, position_ids = map(self._beside_embeddings, (attention_mask, position_ids))
         outputs = self.language_model(
             **prompt,
             attention_mask=attention_mask,
@@ -585,8 +610,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, the prompt does not
                 fit the context, or an option cannot be had; the message says why.
         """
+        given_ids, inputs = inputs if inputs is not None else kwargs.get("input_ids"), self._beside_embeddings(inputs)
+        beside = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        kwargs |= {name: self._beside_embeddings(kwargs[name]) for name in beside if name in kwargs}
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         inputs_embeds = kwargs.get("inputs_embeds")
+        num_placeholders = None
         # transformers lets ids of another length be a mere record of what the embeddings stand for.
         embeds_alone = inputs_embeds is not None and (
             input_ids is None or input_ids.shape[:2] != inputs_embeds.shape[:2]
@@ -605,8 +634,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             features, _ = _select_tiles("visual_features", visual_features, num_patches, image_flags)
             image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
         elif pixel_values is not None:
-            if pixel_values.dtype != torch.uint8:
-                _check_pixel_range(pixel_values, *self._pixel_limits())
+            num_patches, num_placeholders, extremes = _read_numbers(
+                num_patches, None if embeds_alone else self._count_images(given_ids), _extremes(pixel_values)
+            )
+            _check_pixel_range(extremes, *self._pixel_limits())
             image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
         else:
             image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
@@ -619,7 +650,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         elif input_ids is not None and kwargs.get("prompt_embeds") is None:
             kwargs.pop("inputs_embeds", None)
             kwargs["prompt_embeds"] = self._embed_prompt(
-                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds
+                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds, num_placeholders
             )
         if not args and self._wants_static_cache(generation_config, kwargs):
             kwargs["cache_implementation"] = "static"
@@ -691,10 +722,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         image_features: torch.Tensor | None,
         past_key_values: Any | None,
         inputs_embeds: torch.Tensor | None = None,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor | None:
         """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
 
         `inputs_embeds` are embeddings that the caller made of the ids; without features they stand for the prompt.
+        `num_placeholders` is how many image tokens the ids have, if that is known.
         """
         num_cached = _num_cached(past_key_values)  # images in the cache are not given again
         if num_cached and num_cached >= input_ids.shape[1]:
@@ -711,9 +744,15 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             return inputs_embeds
         # A caller may pass the images of the whole conversation again beside a cache that holds some of them.
         start = num_cached
-        if num_cached and int((input_ids == self._image_token_id()).sum()) == len(image_features):
-            start = 0
-        new_embeds = self._insert_images(input_ids[:, start:], inputs_embeds[:, start:], image_features)
+        if num_cached:
+            (num_placeholders,) = _read_numbers(self._count_images(input_ids))
+            if num_placeholders == len(image_features):
+                start = 0
+            else:
+                num_placeholders = None  # some of them are in the cache
+        new_embeds = self._insert_images(
+            input_ids[:, start:], inputs_embeds[:, start:], image_features, num_placeholders
+        )
         return torch.cat([inputs_embeds[:, :start], new_embeds], dim=1)
 
     def _tokens_left_after(self, prompt_length: int) -> int:
@@ -973,7 +1012,36 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the device of the weights. If these are offloaded ("meta"), accelerate's hooks do it later."""
-    return tensor if device.type == "meta" else tensor.to(device)
+    if device.type == "meta" or tensor.device == device:
+        return tensor
+    # CUDA has read ordinary memory when the call returns, so the host need not wait for the copy. It may still read
+    # pinned memory, which the caller may overwrite.
+    from_host = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.to(device, non_blocking=from_host and not tensor.is_pinned())
+
+
+def _read_numbers(*values: Any) -> list[Any]:
+    """Return the numbers of small tensors, scalars as numbers and others as lists; everything else as it is.
+
+    Tensors of a GPU come in one copy, because the host waits for each. Whole numbers are exact up to 2**24.
+    """
+    on_device = [value for value in values if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+    if on_device:
+        joined = torch.cat([value.detach().flatten().to(on_device[0].device, torch.float32) for value in on_device])
+        rows = iter(joined.cpu().split([value.numel() for value in on_device]))
+    read = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            value = next(rows).to(value.dtype).view(value.shape)
+        read.append(value.tolist() if isinstance(value, torch.Tensor) else value)
+    return read
+
+
+def _extremes(pixel_values: torch.Tensor) -> torch.Tensor | None:
+    """Return the smallest and the largest pixel, `(2,)`; None for uint8, which cannot be out of range, and no pixels."""
+    if pixel_values.dtype == torch.uint8 or pixel_values.numel() == 0:
+        return None
+    return torch.stack(pixel_values.aminmax())
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -1018,7 +1086,7 @@ def _select_tiles(
     if image_flags is None:
         return tiles, tiles_per_image
     flags = image_flags.flatten().to(tiles.device) == 1
-    return tiles[flags], [int(own.sum()) for own in flags.split(tiles_per_image)]
+    return tiles[flags], torch.stack([own.sum() for own in flags.split(tiles_per_image)]).tolist()
 
 
 def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) -> None:
@@ -1043,7 +1111,7 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
-def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
+def _check_counts(num_placeholders: torch.Tensor | int, num_features: int) -> None:
     """Raise if the prompt's image tokens and the images' features differ in number."""
     message = (
         "The prompt has {} image tokens, but the images give {} features. Build input_ids and pixel_values with the "
@@ -1055,13 +1123,10 @@ def _check_counts(num_placeholders: torch.Tensor, num_features: int) -> None:
         raise ValueError(message.format(int(num_placeholders), num_features))
 
 
-def _check_pixel_range(pixel_values: torch.Tensor, lowest: float, highest: float, remedy: str) -> None:
+def _check_pixel_range(extremes: list[float] | None, lowest: float, highest: float, remedy: str) -> None:
     """Raise for tiles with values that the model's own image processor never makes."""
-    if pixel_values.numel() == 0:
-        return
-    low, high = (float(value) for value in pixel_values.aminmax())
-    if not (low >= lowest and high <= highest):
-        raise ValueError(f"pixel_values lie in {low:.3f}..{high:.3f}, but {remedy}.")
+    if extremes is not None and not (extremes[0] >= lowest and extremes[1] <= highest):
+        raise ValueError(f"pixel_values lie in {extremes[0]:.3f}..{extremes[1]:.3f}, but {remedy}.")
 
 
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

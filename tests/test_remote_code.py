@@ -37,6 +37,7 @@ ENTRY_FILES = [
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
+    "c_compiler": "",
     "pictures": "",
     "prompts": "pictures",
     "answers": "",
@@ -44,13 +45,15 @@ ARROWS = {
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
+    "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
     "chat": "prompts pictures answers",
     "processing_nemotron_vl": "prompts image_processing pictures",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul pictures answers"  # the last three for transformers 4.57, which copies direct imports alone
+        # The others for transformers 4.57, which copies direct imports alone.
+        "prompts packed_matmul cpu_matmul c_compiler pictures answers"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
