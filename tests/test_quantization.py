@@ -166,7 +166,7 @@ def test_nvfp4_encoder_keeps_representable_weights_and_rounds_ties_to_even():
 @pytest.mark.parametrize(("name", "expected"), [("nvfp4", 0.096), ("fp8", 0.026), ("awq", 0.1)])
 def test_encoders_have_the_error_of_their_format(name: str, expected: float):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    tensors = quantize._encode(weight, name, weight.abs().amax(), 128)
+    tensors = quantize.encode(weight, name, weight.abs().amax(), 128)
     decoded = FORMATS[quantize.FORMAT_NAMES[name]].decode(tensors, torch.float32)
     assert float((decoded - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.1)
 
@@ -225,7 +225,7 @@ def test_encoders_write_the_golden_bytes(golden_8b: Path, name: str):
             keys = [f"language_model.model.layers.{layer}.{module}" for module in names]
             amax = torch.stack([plain[f"{key}.weight"].abs().amax() for key in keys]).amax()
             for key in keys:
-                for part, tensor in quantize._encode(plain[f"{key}.weight"], name, amax, group_size).items():
+                for part, tensor in quantize.encode(plain[f"{key}.weight"], name, amax, group_size).items():
                     assert_same_bytes(tensor, stored[f"{key}.{part}"])
 
 
@@ -743,6 +743,39 @@ def test_awq_scaling_changes_nothing_but_the_error(tiny_checkpoint: Path, inputs
     assert float((rows @ (scaled - weight).T).norm()) < 0.8 * plain_error
     quantize.scale_for_awq(model, statistics, GROUP_SIZE)
     torch.testing.assert_close(logits_of(model, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_awq_clipping_lowers_the_error_of_every_output():
+    """Against a plain search over the same ranges, group by group."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(shape, generator=generator) for shape in ((24, 64), (100, 64)))
+    weight[::2, ::16] *= 5  # what is worth cutting off
+    clipped = quantize.clip_for_awq(weight, rows, 32)
+    rounded = quantize._round_trip(clipped, 32)
+    for output in range(24):
+        for columns in (slice(0, 32), slice(32, 64)):
+            group, inputs = weight[output, columns], rows[:, columns]
+            errors = []
+            for step in range(quantize.AWQ_CLIP_STEPS):
+                shrunk = 1 - step / (2 * quantize.AWQ_CLIP_STEPS)
+                limited = group.clamp(group.min() * shrunk, group.max() * shrunk)
+                tried = quantize._round_trip(limited[None], 32)[0]
+                errors.append(float((inputs @ (tried - group)).square().sum()))
+            found = float((inputs @ (rounded[output, columns] - group)).square().sum())
+            assert found == pytest.approx(min(errors), rel=1e-3)
+            assert found < errors[0] or min(errors) == errors[0]
+    assert (rounded - weight)[::2].abs().max() > 0.5  # something was cut off
+
+
+def test_awq_clipping_sees_the_inputs_of_the_scaled_model(tiny_checkpoint: Path, inputs: dict):
+    model = load(tiny_checkpoint)
+    statistics = quantize.calibrate(model, [inputs])
+    before = {name: value.rows.clone() for name, value in statistics.items()}
+    scaled = quantize.scale_for_awq(model, statistics, GROUP_SIZE)
+    expected = quantize.calibrate(model, [inputs])
+    for name in statistics:
+        torch.testing.assert_close(scaled[name].rows, expected[name].rows, rtol=1e-3, atol=1e-3)
+        assert torch.equal(statistics[name].rows, before[name])  # the caller's
 
 
 def test_layers_that_do_not_divide_are_refused(tiny_checkpoint: Path):
