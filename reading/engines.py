@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from nemotron_vl.answers import LoopCriteria, confidence
+from nemotron_vl.image_processing import count_tiles
 from PIL import Image
 
 from .extraction import INSTRUCTIONS, ExtractionError, PageValues, extract, page_values
@@ -30,6 +31,7 @@ from .inputs import Source
 from .pages import PAGE_PROMPT, Answer, Backend, Outcome, Page, PageImage, PageReader, Row, Task, Wanted, pages_of
 from .schema import Fields
 
+NO_SPACES = {"disable_any_whitespace": True}  # of vLLM: a model may fill a whole answer with spaces between values
 MAX_NUM_BLOCKS = 1000  # that Ray cuts the list of documents into
 IMAGE_MARKS = 4  # tokens before and behind the image of a page
 SAMPLE = 2**20  # bytes that are compared at the start and the end of each file of weights
@@ -248,7 +250,7 @@ class VLLM:
                 from vllm.sampling_params import StructuredOutputsParams
 
                 asked, text = schema_prompt(Fields.of(task.schema), image.is_only_page)
-                limits["structured_outputs"] = StructuredOutputsParams(json=asked)
+                limits["structured_outputs"] = StructuredOutputsParams(json=asked, **NO_SPACES)
             limits["max_tokens"] = room_for_answer(self, text, image.num_tiles, task)
             options.append(SamplingParams(**limits))
             conversations.append(messages_for(data_url(image.image), text))
@@ -311,11 +313,15 @@ class ChatServer:
         options, more = {}, {}
         if task.schema is not None:
             asked, prompt = schema_prompt(Fields.of(task.schema), page.is_only_page)
-            schema = {"name": "fields", "schema": asked, "strict": True}
-            options["response_format"] = {"type": "json_schema", "json_schema": schema}
+            if not self.is_vllm:
+                raise ValueError(
+                    "A server holds an answer to a schema only if it is vLLM; this one is not. Read in this process, or "
+                    "take --engine ray."
+                )
+            more["structured_outputs"] = {"json": asked, **NO_SPACES}
         if task.confidence:
             options["logprobs"] = True
-        if page.max_num_tiles != self.tiling.max_num_tiles:
+        if count_tiles(page.image.height, page.image.width, self.tiling) != page.num_tiles:
             more["mm_processor_kwargs" if self.is_vllm else "chat_template_kwargs"] = {
                 "max_num_tiles": page.max_num_tiles
             }
