@@ -31,7 +31,8 @@ from .inputs import Source
 from .pages import PAGE_PROMPT, Answer, Backend, Outcome, Page, PageImage, PageReader, Row, Task, Wanted, pages_of
 from .schema import Fields
 
-NO_SPACES = {"disable_any_whitespace": True}  # of vLLM: a model may fill a whole answer with spaces between values
+# Of vLLM: without it, a model may fill a whole answer with spaces between values.
+NO_SPACES = {"backend": "xgrammar", "disable_any_whitespace": True}
 MAX_NUM_BLOCKS = 1000  # that Ray cuts the list of documents into
 IMAGE_MARKS = 4  # tokens before and behind the image of a page
 SAMPLE = 2**20  # bytes that are compared at the start and the end of each file of weights
@@ -60,6 +61,13 @@ def describe_backend(backend: Any, config: Any, processor: Any) -> None:
     backend.processor, backend.tiling = processor, processor.image_processor.tiling
     backend.window, backend.tokens_per_tile = config.max_sequence_length, processor.tokens_per_tile
     backend.page_prompt = page_prompt_of(config)
+
+
+def confidence_temperature_of(directory: Path) -> float:
+    """Return the temperature that a checkpoint's confidences were fitted with; 1 changes nothing."""
+    file = directory / "generation_config.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return stored.get("confidence_temperature") or 1.0
 
 
 def load_processor(directory: Path) -> tuple[Any, Any]:
@@ -108,10 +116,12 @@ def room_for_answer(backend: Backend, prompt: str, num_tiles: int, task: Task) -
 
 
 def finished_answer(
-    tokenizer: Any, text: str, num_tokens: int, finish_reason: str, task: Task, probabilities: Any = None
+    backend: Any, text: str, num_tokens: int, finish_reason: str, task: Task, probabilities: Any = None
 ) -> Answer:
     """Return the answer of an engine that knows no loops: the rule is applied to the whole answer, and cuts it."""
-    more = {"confidence": confidence(probabilities)} if probabilities is not None else {}
+    tokenizer, more = backend.processor.tokenizer, {}
+    if probabilities is not None:
+        more["confidence"] = confidence(probabilities, backend.temperature)
     if task.stop_loops and task.schema is None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         loops = LoopCriteria(tokenizer)
@@ -234,7 +244,13 @@ class VLLM:
         config, processor = load_processor(directory)
         self.name = directory.resolve().name
         describe_backend(self, config, processor)
-        options = {"max_model_len": config.max_sequence_length, "limit_mm_per_prompt": {"image": 1}, **options}
+        self.temperature = confidence_temperature_of(Path(directory))
+        options = {
+            "max_model_len": config.max_sequence_length,
+            "limit_mm_per_prompt": {"image": 1},
+            "structured_outputs_config": NO_SPACES,
+            **options,
+        }
         self._llm = LLM(str(directory), trust_remote_code=True, **options)
 
     def answer(self, images: list[PageImage], prompt: str | None, task: Task) -> list[Answer]:
@@ -250,7 +266,7 @@ class VLLM:
                 from vllm.sampling_params import StructuredOutputsParams
 
                 asked, text = schema_prompt(Fields.of(task.schema), image.is_only_page)
-                limits["structured_outputs"] = StructuredOutputsParams(json=asked, **NO_SPACES)
+                limits["structured_outputs"] = StructuredOutputsParams(json=asked)
             limits["max_tokens"] = room_for_answer(self, text, image.num_tiles, task)
             options.append(SamplingParams(**limits))
             conversations.append(messages_for(data_url(image.image), text))
@@ -267,9 +283,7 @@ class VLLM:
         if task.confidence:
             chosen = zip(output.token_ids, output.logprobs, strict=True)
             probabilities = [math.exp(logprobs[token].logprob) for token, logprobs in chosen]
-        return finished_answer(
-            self.processor.tokenizer, output.text, num_tokens, output.finish_reason, task, probabilities
-        )
+        return finished_answer(self, output.text, num_tokens, output.finish_reason, task, probabilities)
 
 
 class ChatServer:
@@ -291,6 +305,7 @@ class ChatServer:
             raise ImportError(f"Reading by a server needs a package: pip install openai. {error}") from error
         config, processor = load_processor(Path(directory))
         describe_backend(self, config, processor)
+        self.temperature = confidence_temperature_of(Path(directory))
         key = os.environ.get("OPENAI_API_KEY", "none")
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=5, timeout=3600)
         try:
@@ -313,12 +328,8 @@ class ChatServer:
         options, more = {}, {}
         if task.schema is not None:
             asked, prompt = schema_prompt(Fields.of(task.schema), page.is_only_page)
-            if not self.is_vllm:
-                raise ValueError(
-                    "A server holds an answer to a schema only if it is vLLM; this one is not. Read in this process, or "
-                    "take --engine ray."
-                )
-            more["structured_outputs"] = {"json": asked, **NO_SPACES}
+            schema = {"name": "fields", "schema": asked, "strict": True}
+            options["response_format"] = {"type": "json_schema", "json_schema": schema}
         if task.confidence:
             options["logprobs"] = True
         if count_tiles(page.image.height, page.image.width, self.tiling) != page.num_tiles:
@@ -343,7 +354,7 @@ class ChatServer:
         probabilities = None
         if task.confidence:
             probabilities = [math.exp(token.logprob) for token in choice.logprobs.content]
-        return finished_answer(self.processor.tokenizer, text, num_tokens, choice.finish_reason, task, probabilities)
+        return finished_answer(self, text, num_tokens, choice.finish_reason, task, probabilities)
 
 
 # --- what brings pages to them ---
