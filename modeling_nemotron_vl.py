@@ -8,6 +8,7 @@ the file have the names of the published architectures, and what differs.
 """
 
 import contextlib
+import copy
 import operator
 import os
 import threading
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import CompileConfig, GenerationConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -28,12 +29,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
+# transformers 4.57 copies only files that are imported here: some names are imported for that alone.
+from .answers import LoopCriteria as LoopCriteria
+from .c_compiler import load_library as load_library
 from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
-from .decode_attention import default_attention
+from .cpu_matmul import has_product as has_product
+from .decode_attention import default_attention, reused_cache
 from .image_processing import V2_RECIPE
-from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies only files that are imported here
+from .packed_matmul import has_kernel as has_kernel
+from .pictures import Document as Document
 from .prompts import IMAGE_TOKEN, TOKEN_TYPES, V1_FORMAT, V2_FORMAT, VIDEO_TOKEN
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
@@ -62,6 +68,9 @@ REFUSED_OPTIONS = {
 OPTIONS_THAT_READ_IDS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "guidance_scale")
 # Frames that run through the tower at once, unless config.vision_batch_size says otherwise.
 VIDEO_BATCH_SIZE = 16
+# How Inductor compiles the decode step. Matmuls of one row become Triton kernels that take in their neighbours: a third
+# fewer launches for each layer than with cuBLAS. Compiling takes longer.
+COMPILE_OPTIONS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 
@@ -458,6 +467,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor,
         token_id: int | None = None,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor:
         """Find the image tokens and check that there is one feature for each.
 
@@ -466,6 +476,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`.
             image_features: `(num_visual_tokens, hidden_size)`.
             token_id: the token to find; None is the image token.
+            num_placeholders: how many image tokens the ids have, if that is known; counting them waits for the device.
 
         Returns:
             bool `(batch_size, sequence_length, hidden_size)`.
@@ -474,7 +485,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             ValueError: if the two counts differ; the message holds both.
         """
         mask = self._find_tokens(input_ids, inputs_embeds, self._image_token_id() if token_id is None else token_id)
-        _check_counts(mask.sum(), image_features.shape[0])
+        _check_counts(mask.sum() if num_placeholders is None else num_placeholders, image_features.shape[0])
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
     def _find_tokens(
@@ -523,6 +534,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         image_features: torch.Tensor | None,
         video_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor:
         """Return `inputs_embeds` with the rows of visual tokens replaced by the features of images and videos."""
         if video_features is not None:
@@ -537,7 +549,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
                 inputs_embeds = inputs_embeds.masked_scatter(images, image_features)
             return inputs_embeds.masked_scatter(videos.unsqueeze(-1).to(inputs_embeds.device), video_features)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, num_placeholders=num_placeholders)
         return inputs_embeds.masked_scatter(mask, image_features)
 
     def _language_model_inputs(
@@ -561,15 +573,20 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         ):
             if pixels is not None and encoded.get(kind) is not None:
                 raise ValueError(f"Pass either {name} or mm_encoder_outputs[{kind!r}] to forward, not both.")
+        given_ids, input_ids = input_ids, self._beside_embeddings(input_ids)
         image_outputs, video_outputs = encoded.get("image"), encoded.get("video")
+        # Under torch.compile the numbers would break the graph; they only split the features by image.
+        is_compiling = torch.compiler.is_compiling()
+        num_placeholders = None
         if visual.pixel_values is not None:
-            # Under torch.compile the numbers would break the graph; they only split the features by image.
-            num_patches = None if torch.compiler.is_compiling() else visual.num_patches
+            num_patches = None
+            if not is_compiling:
+                num_patches, num_placeholders = _read_numbers(visual.num_patches, self._count_images(given_ids))
             image_outputs = self.get_image_features(
                 visual.pixel_values, num_patches, visual.image_flags, return_dict=True
             )
         if visual.pixel_values_videos is not None:
-            num_frames = None if torch.compiler.is_compiling() else visual.num_video_frames
+            num_frames = None if is_compiling else visual.num_video_frames
             video_outputs = self._video_outputs(visual.pixel_values_videos, num_frames)
         image_features, video_features = _features_of(image_outputs), _features_of(video_outputs)
         is_blind = image_features is None and video_features is None
@@ -582,7 +599,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if not is_blind:
             inputs_embeds = self._insert_images(
-                input_ids, inputs_embeds, image_features, video_features, visual.mm_token_type_ids
+                input_ids, inputs_embeds, image_features, video_features, visual.mm_token_type_ids, num_placeholders
             )
         elif runs_blank_tile:
             side = self.config.patch_size * self.config.merge_size
@@ -611,6 +628,16 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Whether a device map places the model on several devices."""
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
+
+    def _beside_embeddings(self, tensor: Any) -> Any:
+        """Move ids or a mask, if it is a tensor, to the device of the embeddings."""
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        return _move(tensor, self.get_input_embeddings().weight.device)
+
+    def _count_images(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Count the image tokens of ids, on their device."""
+        return None if input_ids is None else (input_ids == self._image_token_id()).sum()
 
     def _check_absent(
         self,
@@ -697,8 +724,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             input_ids, inputs_embeds, visual, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
-        if position_ids is not None and "inputs_embeds" in prompt:
-            position_ids = position_ids.to(prompt["inputs_embeds"].device)
+        attention_mask, position_ids = map(self._beside_embeddings, (attention_mask, position_ids))
         outputs = self.language_model(
             **prompt,
             attention_mask=attention_mask,
@@ -788,8 +814,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             ValueError: if image tokens and features differ in number, pixels lie outside 0..1, the prompt does not
                 fit the context, or an option cannot be had; the message says why.
         """
+        given_ids, inputs = inputs if inputs is not None else kwargs.get("input_ids"), self._beside_embeddings(inputs)
+        beside = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        kwargs |= {name: self._beside_embeddings(kwargs[name]) for name in beside if name in kwargs}
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         inputs_embeds = kwargs.get("inputs_embeds")
+        num_placeholders = None
         # transformers lets ids of another length be a mere record of what the embeddings stand for.
         embeds_alone = inputs_embeds is not None and (
             input_ids is None or input_ids.shape[:2] != inputs_embeds.shape[:2]
@@ -820,33 +850,74 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             features, _ = _select_tiles("visual_features", visual_features, num_patches, image_flags)
             projected = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
             visual = visual._replace(mm_encoder_outputs={**visual.mm_encoder_outputs, "image": projected})
+        elif pixel_values is not None:
+            num_patches, num_placeholders, extremes = _read_numbers(
+                num_patches, None if embeds_alone else self._count_images(given_ids), _extremes(pixel_values)
+            )
+            _check_pixel_range("pixel_values", extremes, *self._pixel_limits())
+            visual = visual._replace(num_patches=num_patches)
         outputs = self._encode_media(visual, plan)
         if outputs and self._has_virtual_tokens and not embeds_alone:
             kwargs["mm_encoder_outputs"] = outputs
         else:
-            self._embed_media(input_ids, outputs, embeds_alone, kwargs)
-        if not args and self._wants_static_cache(generation_config, kwargs):
-            kwargs["cache_implementation"] = "static"
+            self._embed_media(input_ids, outputs, embeds_alone, kwargs, num_placeholders)
+        prompt = inputs_embeds if embeds_alone else input_ids
         if plan is None or not plan.prunes:
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return self._generate_with_cache(inputs, generation_config, args, kwargs, prompt)
         pruned_ids = self._prune(plan, input_ids, outputs["video"], kwargs)
         if inputs is None:
             kwargs["input_ids"] = pruned_ids
-        output = super().generate(None if inputs is None else pruned_ids, generation_config, *args, **kwargs)
+        pruned_inputs = None if inputs is None else pruned_ids
+        output = self._generate_with_cache(pruned_inputs, generation_config, args, kwargs, pruned_ids)
         return _with_prompt(output, input_ids, pruned_ids.shape[1])
+
+    def _generate_with_cache(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        prompt: torch.Tensor | None,
+    ) -> Any:
+        """Call `generate` of transformers, with a static cache and a compiled decode step where these are wanted.
+
+        `prompt` is what the cache has to hold, `(batch_size, sequence_length, ...)`.
+        """
+        if args or not self._wants_static_cache(generation_config, kwargs):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        if self._given_option(generation_config, kwargs)("compile_config") is None:
+            compile_config = CompileConfig(mode=None, options=dict(COMPILE_OPTIONS))
+            if generation_config is None:
+                kwargs["compile_config"] = compile_config
+            else:
+                generation_config = copy.copy(generation_config)
+                generation_config.compile_config = compile_config
+        if hasattr(self, "_get_cache"):  # transformers 4.57, which keeps a static cache by itself
+            return super().generate(inputs, generation_config, **{**kwargs, "cache_implementation": "static"})
+        with self._static_cache(generation_config, kwargs, prompt) as cache:
+            return super().generate(inputs, generation_config, **{**kwargs, "past_key_values": cache})
+
+    def _static_cache(
+        self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any], prompt: torch.Tensor | None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a static cache for the answers to a prompt, `(batch_size, sequence_length, ...)`."""
+        given = self._given_option(generation_config, kwargs)
+        window = self.config.max_sequence_length
+        batch_size, length = (1, 1) if prompt is None else prompt.shape[:2]
+        num_tokens = window if given("max_new_tokens") is None else length + given("max_new_tokens")
+        keep = not given("return_dict_in_generate")
+        return reused_cache(self, batch_size * (given("num_return_sequences") or 1), num_tokens, window, keep)
 
     def _encode_media(self, visual: "VisualInputs", plan: "VideoPlan | None") -> dict[str, BaseModelOutputWithPooling]:
         """Return the features of the images and of the videos of a prompt, those that there are."""
         outputs = {kind: output for kind, output in visual.mm_encoder_outputs.items() if output is not None}
-        for name in ("pixel_values", "pixel_values_videos"):
-            pixels = getattr(visual, name)
-            if pixels is not None and pixels.dtype != torch.uint8:
-                _check_pixel_range(name, pixels, *self._pixel_limits())
         if visual.pixel_values is not None:
             outputs["image"] = self.get_image_features(
                 visual.pixel_values, visual.num_patches, visual.image_flags, return_dict=True
             )
         if visual.pixel_values_videos is not None:
+            (extremes,) = _read_numbers(_extremes(visual.pixel_values_videos))
+            _check_pixel_range("pixel_values_videos", extremes, *self._pixel_limits())
             num_frames = visual.num_video_frames if plan is None else plan.frames_per_video
             outputs["video"] = self._video_outputs(visual.pixel_values_videos, num_frames)
         return outputs
@@ -857,6 +928,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         outputs: Mapping[str, BaseModelOutputWithPooling],
         embeds_alone: bool,
         kwargs: dict[str, Any],
+        num_placeholders: int | None,
     ) -> None:
         """Put the embeddings of a prompt with images and videos into the arguments of `generate`."""
         image_features, video_features = _features_of(outputs.get("image")), _features_of(outputs.get("video"))
@@ -869,7 +941,13 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         elif input_ids is not None and kwargs.get("prompt_embeds") is None:
             inputs_embeds = kwargs.pop("inputs_embeds", None)
             kwargs["prompt_embeds"] = self._embed_prompt(
-                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds, video_features, types
+                input_ids,
+                image_features,
+                kwargs.get("past_key_values"),
+                inputs_embeds,
+                video_features,
+                types,
+                num_placeholders,
             )
 
     @property
@@ -1078,10 +1156,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         inputs_embeds: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        num_placeholders: int | None = None,
     ) -> torch.Tensor | None:
         """Embed a prompt with its images and videos, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
 
         `inputs_embeds` are embeddings that the caller made of the ids; without features they stand for the prompt.
+        `num_placeholders` is how many image tokens the ids have, if that is known.
         """
         num_cached = _num_cached(past_key_values)  # images in the cache are not given again
         if num_cached and num_cached >= input_ids.shape[1]:
@@ -1099,11 +1179,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             return inputs_embeds
         # A caller may pass the images of the whole conversation again beside a cache that holds some of them.
         start = num_cached
-        if num_cached and int(self._are_visual(input_ids).sum()) == sum(map(len, features)):
-            start = 0
+        if num_cached:
+            (num_visual,) = _read_numbers(self._are_visual(input_ids).sum())
+            num_placeholders = None  # of the whole prompt; some of its images may be in the cache
+            if num_visual == sum(map(len, features)):
+                start = 0
         types = None if mm_token_type_ids is None else mm_token_type_ids[:, start:]
         new_embeds = self._insert_images(
-            input_ids[:, start:], inputs_embeds[:, start:], image_features, video_features, types
+            input_ids[:, start:], inputs_embeds[:, start:], image_features, video_features, types, num_placeholders
         )
         return torch.cat([inputs_embeds[:, :start], new_embeds], dim=1)
 
@@ -1453,7 +1536,36 @@ class VideoPlan(NamedTuple):
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Move a tensor to the device of the weights. If these are offloaded ("meta"), accelerate's hooks do it later."""
-    return tensor if device.type == "meta" else tensor.to(device)
+    if device.type == "meta" or tensor.device == device:
+        return tensor
+    # CUDA has read ordinary memory when the call returns, so the host need not wait for the copy. It may still read
+    # pinned memory, which the caller may overwrite.
+    from_host = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.to(device, non_blocking=from_host and not tensor.is_pinned())
+
+
+def _read_numbers(*values: Any) -> list[Any]:
+    """Return the numbers of small tensors, scalars as numbers and others as lists; everything else as it is.
+
+    Tensors of a GPU come in one copy, because the host waits for each. Whole numbers are exact up to 2**24.
+    """
+    on_device = [value for value in values if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+    if on_device:
+        joined = torch.cat([value.detach().flatten().to(on_device[0].device, torch.float32) for value in on_device])
+        rows = iter(joined.cpu().split([value.numel() for value in on_device]))
+    read = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            value = next(rows).to(value.dtype).view(value.shape)
+        read.append(value.tolist() if isinstance(value, torch.Tensor) else value)
+    return read
+
+
+def _extremes(pixel_values: torch.Tensor) -> torch.Tensor | None:
+    """Return the smallest and the largest pixel, `(2,)`; None for uint8, which cannot be out of range, and no pixels."""
+    if pixel_values.dtype == torch.uint8 or pixel_values.numel() == 0:
+        return None
+    return torch.stack(pixel_values.aminmax())
 
 
 def _join(batches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -1498,7 +1610,7 @@ def _select_tiles(
     if image_flags is None:
         return tiles, tiles_per_image
     flags = image_flags.flatten().to(tiles.device) == 1
-    return tiles[flags], [int(own.sum()) for own in flags.split(tiles_per_image)]
+    return tiles[flags], torch.stack([own.sum() for own in flags.split(tiles_per_image)]).tolist()
 
 
 def _check_shape(name: str, tensor: Any, layout: str, width: int | None = None) -> None:
@@ -1523,7 +1635,7 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
-def _check_counts(num_placeholders: torch.Tensor, num_features: int, kind: str = "image") -> None:
+def _check_counts(num_placeholders: torch.Tensor | int, num_features: int, kind: str = "image") -> None:
     """Raise if the prompt's tokens of images, or of videos, and their features differ in number."""
     pixels, token = ("pixel_values", IMAGE_TOKEN) if kind == "image" else ("pixel_values_videos", VIDEO_TOKEN)
     message = (
@@ -1536,13 +1648,10 @@ def _check_counts(num_placeholders: torch.Tensor, num_features: int, kind: str =
         raise ValueError(message.format(int(num_placeholders), num_features))
 
 
-def _check_pixel_range(name: str, pixel_values: torch.Tensor, lowest: float, highest: float, remedy: str) -> None:
+def _check_pixel_range(name: str, extremes: list[float] | None, lowest: float, highest: float, remedy: str) -> None:
     """Raise for tiles with values that the model's own image processor never makes."""
-    if pixel_values.numel() == 0:
-        return
-    low, high = (float(value) for value in pixel_values.aminmax())
-    if not (low >= lowest and high <= highest):
-        raise ValueError(f"{name} lie in {low:.3f}..{high:.3f}, but {remedy}.")
+    if extremes is not None and not (extremes[0] >= lowest and extremes[1] <= highest):
+        raise ValueError(f"{name} lie in {extremes[0]:.3f}..{extremes[1]:.3f}, but {remedy}.")
 
 
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

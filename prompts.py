@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .pictures import document_of_part
+
 try:
     from jinja2 import TemplateError
 except ImportError:  # transformers says what to install when a template is rendered
@@ -565,7 +567,8 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
     Args:
         content: a string, None, or a list of parts `{"type": "text", "text": ...}`, `{"type": "image", ...}` with the
             image under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it, and
-            `{"type": "video", ...}` with the video under `video`, `url`, `path` or `base64`, or under `video_url`.
+            `{"type": "video", ...}` with the video under `video`, `url`, `path` or `base64`, or under `video_url`. A
+            part of type "document" or "file" (see `document_of_part`) gives an image for each of its pages.
         on_lines: put images and videos on lines of their own, as in training: a line feed follows one unless the next
             text starts with one.
 
@@ -585,7 +588,7 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
             f"{content!r:.80}."
         )
     texts, media, after_medium = [""], [], False
-    for part in parts:
+    for part in _with_pages(parts):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type")
         if kind == "text":
@@ -597,7 +600,7 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
         else:
             raise ValueError(
                 f"A message has a content part of type {kind!r}; this model takes 'text', 'image', 'image_url', "
-                "'video' and 'video_url'. Send a PDF page as an image."
+                "'video', 'video_url', 'document' and 'file'."
             )
         texts[-1] += "\n" if after_medium and on_lines and not piece.startswith("\n") else ""
         after_medium = kind != "text"
@@ -608,6 +611,15 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
         else:
             texts[-1] += piece
     return texts, media
+
+
+def _with_pages(parts: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
+    """Yield content parts, an image part for each page in place of a document."""
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") in ("document", "file"):
+            yield from ({"type": "image", "image": page} for page in document_of_part(part))
+        else:
+            yield part
 
 
 def _source_of(part: dict[str, Any], kind: str) -> Any:

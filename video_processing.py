@@ -26,7 +26,8 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
-from .image_processing import NemotronVLImageProcessor, RGBImage, Tiling, cut_tiles, load_image
+from .image_processing import NemotronVLImageProcessor, Tiling, cut_tiles
+from .pictures import RGBImage, load_image
 
 logger = logging.get_logger(__name__)
 

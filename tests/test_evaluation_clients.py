@@ -359,7 +359,7 @@ def load_nano() -> tuple[Any, Any]:
 @pytest.mark.slow
 def test_lmms_eval_runs_a_local_task_of_documents_on_nano(tmp_path):
     """Its answers are those of `chat()`."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/clients.md has its pip install")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
     rows = write_task(tmp_path, count=5)
     processor, model = load_nano()
     said, score = run_lmms_eval(tmp_path, processor, model)
@@ -374,7 +374,7 @@ def test_lmms_eval_runs_a_local_task_of_documents_on_nano(tmp_path):
 @pytest.mark.slow
 def test_lmms_eval_runs_a_local_task_of_films_on_nano(tmp_path):
     """It names no number of frames, so that those of the checkpoint are taken; its answers are those of `chat()`."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/clients.md has its pip install")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
     av = pytest.importorskip("av", reason="films need PyAV: pip install av")
     rows = write_task(tmp_path, count=3)
     for row in rows:

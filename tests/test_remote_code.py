@@ -38,20 +38,24 @@ ENTRY_FILES = [
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
-    "prompts": "",
-    "image_processing": "",
+    "c_compiler": "",
+    "pictures": "",
+    "prompts": "pictures",
+    "answers": "",
+    "image_processing": "pictures",
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
+    "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul",
-    "video_processing": "image_processing",
-    "chat": "prompts video_processing",
-    "processing_nemotron_vl": "prompts image_processing video_processing",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
+    "video_processing": "image_processing pictures",
+    "chat": "prompts pictures answers video_processing",
+    "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts image_processing "
-        "packed_matmul video_processing"  # these for transformers 4.57, which copies direct imports alone
+        # The others for transformers 4.57, which copies direct imports alone.
+        "prompts image_processing packed_matmul cpu_matmul c_compiler pictures answers video_processing"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
