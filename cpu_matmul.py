@@ -637,7 +637,11 @@ def _(
 
 
 def unpack_on_cpu(
-    format_name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, span: range
+    format_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    span: range,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Compute some rows of a weight, the same numbers as `Format.decode` does.
 
@@ -646,6 +650,7 @@ def unpack_on_cpu(
         tensors: the stored tensors of the layer.
         dtype: of the result.
         span: the outputs whose weights are wanted; in AWQ GEMM, multiples of 8.
+        out: an earlier result of the same shape and dtype that may be overwritten. New memory costs page faults.
 
     Returns:
         `(len(span), in_features)`, None where the C code cannot do it.
@@ -658,6 +663,7 @@ def unpack_on_cpu(
     num_inputs = _sizes(format_name, operands[0])[1]
     pre_quant_scale = tensors.get("pre_quant_scale")
     direct = torch.bfloat16 if dtype == torch.bfloat16 and pre_quant_scale is None else torch.float32
-    weight = torch.empty(len(span), num_inputs, dtype=direct, device="cpu")
+    reused = out is not None and out.dtype == direct
+    weight = out if reused else torch.empty(len(span), num_inputs, dtype=direct, device="cpu")
     _run(library, format_name, operands, weight, span)
     return (weight if pre_quant_scale is None else weight * pre_quant_scale.float()).to(dtype)

@@ -288,10 +288,23 @@ def decode(
     dtype: torch.dtype,
     num_outputs: int,
     span: range | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the weight that the stored tensors mean, `(num_outputs, in_features)`, or its rows in `span`."""
+    """Compute the weight that the stored tensors mean.
+
+    Args:
+        stored: the format.
+        tensors: the stored tensors of the layer.
+        dtype: of the result.
+        num_outputs: of the layer.
+        span: the outputs whose weights are wanted, all by default.
+        out: an earlier result of the same shape and dtype that may be overwritten.
+
+    Returns:
+        `(len(span), in_features)`.
+    """
     span = span or range(num_outputs)
-    weight = unpack_on_cpu(stored.name, tensors, dtype, span)
+    weight = unpack_on_cpu(stored.name, tensors, dtype, span, out)
     if weight is not None:
         return weight
     if len(span) < num_outputs:
@@ -368,13 +381,14 @@ class PackedLinear(nn.Linear):
         tensors = self.packed_tensors()
         if has_product(self.format.name, hidden_states, tensors):
             return multiply_on_cpu(self.format.name, hidden_states, tensors)
-        outputs = [
-            nn.functional.linear(
-                hidden_states, decode(self.format, tensors, hidden_states.dtype, self.out_features, span)
-            )
-            for span in self._spans(hidden_states.device)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        spans, dtype, weight = self._spans(hidden_states.device), hidden_states.dtype, None
+        if len(spans) == 1:
+            return nn.functional.linear(hidden_states, decode(self.format, tensors, dtype, self.out_features))
+        outputs = hidden_states.new_empty(*hidden_states.shape[:-1], self.out_features)
+        for span in spans:
+            weight = decode(self.format, tensors, dtype, self.out_features, span, weight)
+            outputs[..., span.start : span.stop] = nn.functional.linear(hidden_states, weight)
+        return outputs
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device_type = hidden_states.device.type

@@ -32,25 +32,30 @@ ENTRY_FILES = [
     "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py",
     "radio_model.py",
+    "video_processing.py",
 ]
 # Which root modules a root module may import.
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
     "c_compiler": "",
-    "prompts": "",
-    "image_processing": "",
+    "pictures": "",
+    "prompts": "pictures",
+    "answers": "",
+    "image_processing": "pictures",
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
     "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
     "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
-    "chat": "prompts",
-    "processing_nemotron_vl": "prompts image_processing",
+    "video_processing": "image_processing pictures",
+    "chat": "prompts pictures answers video_processing",
+    "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul cpu_matmul c_compiler"  # the last three for 4.57, which copies direct imports alone
+        # The others for transformers 4.57, which copies direct imports alone.
+        "prompts image_processing packed_matmul cpu_matmul c_compiler pictures answers video_processing"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
