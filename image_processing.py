@@ -570,8 +570,11 @@ class NemotronVLImageProcessor(BaseImageProcessor):
 
     def _fill(self, target: torch.Tensor, tiles: Sequence[torch.Tensor]) -> None:
         """Write the tiles of one image to their place, rescaled there: the same float32 products on every device."""
-        moved = torch.stack(list(tiles)).to(target.device) if target.device.type != "cpu" else tiles
-        for place, tile in zip(target, moved, strict=True):
+        if target.device.type != "cpu":  # from pinned memory, so that the next image is cut while this one is copied
+            shape = (len(tiles), *target.shape[1:])
+            pinned = torch.empty(shape, dtype=tiles[0].dtype, pin_memory=target.device.type == "cuda")
+            tiles = torch.stack(list(tiles), out=pinned).to(target.device, non_blocking=True)
+        for place, tile in zip(target, tiles, strict=True):
             place.copy_(tile)
             if self.do_rescale:
                 place.mul_(self.rescale_factor)

@@ -135,6 +135,13 @@ def test_everything_else_goes_to_sdpa(monkeypatch):
     assert not decode_attention.has_kernel(*(state.double() for state in (query, key, value)), mask)
     wide = [state.repeat(1, 1, 1, 16) for state in (query, key, value)]  # 256 channels
     assert not decode_attention.has_kernel(*wide, mask)
+    for place in (1, 2):  # a copy of the whole cache in every step would cost more than the kernel saves
+        strided = [query, key, value]
+        strided[place] = strided[place].transpose(1, 2).contiguous().transpose(1, 2)
+        assert strided[place].shape == key.shape and not decode_attention.has_kernel(*strided, mask)
+    with monkeypatch.context() as old:
+        old.setattr(decode_attention, "capability", lambda device: (7, 5))
+        assert not decode_attention.has_kernel(query, key, value, mask)
     assert not decode_attention.has_kernel(*(state.to("meta") for state in (query, key, value)), mask)
     for place in range(3):
         trained = [state.detach().requires_grad_(place == n) for n, state in enumerate((query, key, value))]

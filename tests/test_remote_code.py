@@ -32,11 +32,13 @@ ENTRY_FILES = [
     "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py",
     "radio_model.py",
+    "video_processing.py",
 ]
 # Which root modules a root module may import.
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
+    "c_compiler": "",
     "pictures": "",
     "prompts": "pictures",
     "answers": "",
@@ -44,13 +46,16 @@ ARROWS = {
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
+    "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul",
-    "chat": "prompts pictures answers",
-    "processing_nemotron_vl": "prompts image_processing pictures",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
+    "video_processing": "image_processing pictures",
+    "chat": "prompts pictures answers video_processing",
+    "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul pictures answers"  # the last three for transformers 4.57, which copies direct imports alone
+        # The others for transformers 4.57, which copies direct imports alone.
+        "prompts image_processing packed_matmul cpu_matmul c_compiler pictures answers video_processing"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}

@@ -1,13 +1,17 @@
 """Where Triton's kernels run and where they do not; and that they compile for GPUs, without one."""
 
+import json
+import subprocess
 import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
 from nemotron_vl import decode_attention, packed_matmul, triton_kernels
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernel_runs import DEVICE, needs_compiler, needs_kernels
+from tests.machine_code import ARCHITECTURES, compile_kernel
 from tests.processes import run
 
 
@@ -24,7 +28,8 @@ class Kernel:
 @pytest.fixture
 def pretended_triton(monkeypatch):
     """Install kernels that do what `call` does, as if the CPU were a GPU."""
-    triton_kernels._runs_trial.cache_clear()
+    monkeypatch.setattr(triton_kernels, "_working", set())
+    monkeypatch.setattr(triton_kernels, "_failed", {})
     monkeypatch.setattr(triton_kernels, "triton", object())
     monkeypatch.setattr(triton_kernels, "KERNEL_DEVICES", ("cpu",))
 
@@ -32,33 +37,109 @@ def pretended_triton(monkeypatch):
         for module, names in (
             (triton_kernels, ["_count_kernel"]),
             (decode_attention, ["_partial_kernel", "_join_kernel"]),
-            (packed_matmul, ["_fp8_kernel", "_nvfp4_kernel"]),
+            (packed_matmul, ["_fp8_kernel", "_nvfp4_kernel", "_awq_kernel", "_gemm_kernel", "_join_kernel"]),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, Kernel(call), raising=False)
 
-    yield install
-    triton_kernels._runs_trial.cache_clear()
+    return install
 
 
-def test_a_trial_decides_once_for_each_device(pretended_triton):
+@pytest.fixture
+def said(monkeypatch):
+    """What the trial logs."""
+    warnings = []
+    monkeypatch.setattr(triton_kernels.logger, "warning", warnings.append)
+    return warnings
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_trial_that_succeeds_decides_once_for_each_device(pretended_triton):
     calls = []
     pretended_triton(lambda number: calls.append(number.add_(1)))
-    assert all(triton_kernels.runs_kernels(torch.device("cpu")) for _ in range(3)) and len(calls) == 1
+    assert all(triton_kernels.runs_kernels(CPU) for _ in range(3)) and len(calls) == 1
     assert not triton_kernels.runs_kernels(torch.device("meta"))
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("Failed to find C compiler."), None], ids=["raises", "does nothing"])
-def test_triton_that_cannot_run_is_left_alone_and_said_once(pretended_triton, monkeypatch, broken):
+def test_triton_that_cannot_run_is_left_alone_and_said_once(pretended_triton, said, broken):
+    calls = []
+
     def call(number):
+        calls.append(number)
         if broken is not None:
             raise broken
 
-    said = []
-    monkeypatch.setattr(triton_kernels.logger, "warning", said.append)
     pretended_triton(call)
-    assert not any(triton_kernels.runs_kernels(torch.device("cpu")) for _ in range(3))
-    assert len(said) == 1 and str(broken or "another number") in said[0] and "gcc" in said[0]
+    assert not any(triton_kernels.runs_kernels(CPU) for _ in range(3))
+    assert len(said) == len(calls) == 1
+    assert str(broken or "another number") in said[0] and "gcc" in said[0] and "headers of Python" in said[0]
+
+
+def test_triton_that_runs_again_is_used_again(pretended_triton, said, monkeypatch):
+    """A full disk, for one, fails the compiler for a while."""
+    clock = [0.0]
+    monkeypatch.setattr(triton_kernels.time, "monotonic", lambda: clock[0])
+
+    def full_disk(_):
+        raise OSError("No space left on device")
+
+    pretended_triton(full_disk)
+    assert not triton_kernels.runs_kernels(CPU)
+    pretended_triton(lambda number: number.add_(1))
+    assert not triton_kernels.runs_kernels(CPU)  # not tried in every layer of every step
+    clock[0] = triton_kernels.SECONDS_TO_NEXT_TRIAL + 1
+    assert triton_kernels.runs_kernels(CPU) and len(said) == 1
+
+
+@pytest.mark.parametrize("error", triton_kernels.CALLERS_ERRORS, ids=lambda error: error.__name__)
+def test_errors_of_the_callers_program_are_not_blamed_on_triton(pretended_triton, said, error):
+    def call(_):
+        raise error("out of memory")
+
+    pretended_triton(call)
+    with pytest.raises(error, match="out of memory"):
+        triton_kernels.runs_kernels(CPU)
+    pretended_triton(lambda number: number.add_(1))
+    assert triton_kernels.runs_kernels(CPU) and not said
+
+
+def test_there_is_no_trial_while_a_graph_is_captured_or_tensors_are_fake(pretended_triton, said, monkeypatch):
+    pretended_triton(lambda number: number.add_(1))
+    with FakeTensorMode():
+        assert not triton_kernels.runs_kernels(CPU)
+    monkeypatch.setattr(triton_kernels, "KERNEL_DEVICES", ("cuda",))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not triton_kernels.runs_kernels(torch.device("cuda", 0))
+    assert not said and not triton_kernels._failed
+
+
+def test_the_message_names_what_the_machine_lacks(pretended_triton, said, monkeypatch, tmp_path):
+    """gcc says "fatal error: Python.h", but what arrives here is a CalledProcessError with its command."""
+    monkeypatch.setattr(triton_kernels.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(triton_kernels.shutil, "which", lambda name: f"bin/{name}" if name == "gcc" else None)
+
+    def call(_):
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    pretended_triton(call)
+    triton_kernels.runs_kernels(CPU)
+    assert (
+        "lacks Python.h, the headers of Python (apt install python3" in said[0] and "a C compiler (apt" not in said[0]
+    )
+    monkeypatch.setattr(triton_kernels.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "lacks a C compiler (apt install gcc) and Python.h" in triton_kernels._requirements()
+    (tmp_path / "Python.h").touch()
+    assert "and Python.h" not in triton_kernels._requirements()
+
+
+def test_rocm_is_left_to_plain_torch(pretended_triton, monkeypatch):
+    pretended_triton(lambda number: number.add_(1))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not triton_kernels.runs_kernels(CPU)
 
 
 def test_without_triton_nothing_runs(monkeypatch):
@@ -81,44 +162,126 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(pretended_triton, m
     triton_kernels._runs_trial(torch.device("cpu"))
     states = [torch.zeros(1, 2, places, 16) for places in (1, 5, 5)]
     decode_attention._launch(*states, torch.ones(1, 1, 1, 5, dtype=torch.bool), 1.0)
-    byte, scale = torch.zeros(8, 16, dtype=torch.uint8), torch.ones(())
-    for block_scales in (None, byte[:, :1]):
-        packed_matmul._launch(torch.zeros(1, 16), byte, scale, block_scales)
-    assert len(launched) == 5 and all(devices == [torch.device("cpu")] for devices in launched)
+    words = torch.zeros(32, 8, dtype=torch.int32)
+    for format_name, stored in {
+        "FP8": [words.view(torch.uint8), torch.ones(())],
+        "NVFP4": [words, words.view(torch.uint8)[:, :4], torch.ones(())],
+        "W4A16_AWQ": [words, torch.ones(64, 1)],
+        "AWQ GEMM": [words, words[:1], torch.ones(1, 64)],
+    }.items():
+        packed_matmul._launch(format_name, torch.zeros(1, 32), stored)
+    assert len(launched) == 8 and all(devices == [torch.device("cpu")] for devices in launched)
 
 
 @needs_kernels
-def test_the_trial_runs(kernels_on_this_device):
-    triton_kernels._runs_trial.cache_clear()
+def test_the_trial_runs(kernels_on_this_device, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "_working", set())
     assert triton_kernels.runs_kernels(torch.zeros(1, device=DEVICE).device)
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_kernels_compile_for_an_h100(dtype):
-    """To machine code, by Triton's own assembler: no GPU is needed for that."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    def compile_kernel(kernel, pointers: dict[str, str], constants: dict[str, int]) -> None:
-        kinds = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-        signature = {name: kinds[name] for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        assert compiled.asm["cubin"] and compiled.metadata.shared <= 64 * 1024  # which every GPU has
-
+def test_machine_code_of_the_attention_spills_no_registers(dtype):
+    """Compiled by Triton's own assembler: no GPU is needed for that."""
+    number_bytes = 4 if dtype == "fp32" else 2
     states_of = dict.fromkeys(("query", "key", "value"), f"*{dtype}") | {"mask": "*u8", "scaling": "fp32"}
     parts = dict.fromkeys(("sums", "totals", "peaks"), "*fp32")
-    widest = decode_attention.MAX_HEAD_BYTES // (4 if dtype == "fp32" else 2)
-    sizes = {"HEAD_SIZE": widest, "NUM_PARTS": decode_attention.NUM_PARTS}
-    partial = {"NUM_SHARED": 4, "BLOCK_PLACES": decode_attention.BLOCK_PLACES, "SHARED_QUERIES": 16, **sizes}
-    compile_kernel(decode_attention._partial_kernel, {**states_of, **parts}, partial)
-    compile_kernel(decode_attention._join_kernel, {**parts, "outputs": f"*{dtype}"}, sizes)
-    rows = {"inputs": f"*{dtype}", "outputs": f"*{dtype}", "weight": "*u8", "scale": "*fp32", "block_scales": "*u8"}
-    blocks = {name: getattr(packed_matmul, name) for name in ("BLOCK_OUTPUTS", "BLOCK_BYTES")}
-    for kernel in (packed_matmul._fp8_kernel, packed_matmul._nvfp4_kernel):
-        compile_kernel(kernel, rows, blocks)
+    sizes = {"HEAD_SIZE": decode_attention.MAX_HEAD_BYTES // number_bytes, "NUM_PARTS": decode_attention.NUM_PARTS}
+    partial = {"NUM_SHARED": 4, "BLOCK_PLACES": decode_attention.BLOCK_PLACES[number_bytes], "SHARED_QUERIES": 16}
+    for architecture in ARCHITECTURES:
+        for kernel, pointers, constants in (
+            (decode_attention._partial_kernel, states_of | parts, sizes | partial),
+            (decode_attention._join_kernel, parts | {"outputs": f"*{dtype}"}, sizes),
+        ):
+            code = compile_kernel(kernel, pointers, constants, ("num_places",), architecture)
+            assert not code.spilled, (kernel, architecture, code.spilled)
+            assert code.shared <= 48 * 1024  # which every GPU has
+            products = sum("HMMA" in instruction for loop in code.loops for instruction in loop)
+            assert products or dtype == "fp32" or kernel is decode_attention._join_kernel
+
+
+PACKED = {
+    "NVFP4": (packed_matmul._nvfp4_kernel, packed_matmul.NVFP4_TILES, {"words": "*i32", "block_scales": "*u8"}),
+    "FP8": (packed_matmul._fp8_kernel, packed_matmul.FP8_TILES, {"weight": "*u8"}),
+} if triton_kernels.triton is not None else {}  # fmt: skip
+SIZES = ("num_inputs", "num_outputs")
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name, most", [("NVFP4", 4.5), ("FP8", 4.2)])
+def test_machine_code_of_packed_products_takes_few_instructions_a_weight(name, most):
+    """More, and a decode step of an H100 waits for instructions instead of memory. Up to four rows share a decoding."""
+    kernel, tiles, pointers = PACKED[name]
+    pointers = {"inputs": "*bf16", "outputs": "*bf16", "scale": "*fp32", **pointers}
+    single = None
+    for rows, (outputs, inputs) in tiles.items():
+        constants = {"ROWS": rows, "OUTPUTS": outputs, "INPUTS": inputs, "HARDWARE": True}
+        code = compile_kernel(kernel, pointers, constants, SIZES, 90)
+        counted = code.per_item(outputs * inputs)
+        single = single or counted
+        assert not code.spilled and counted <= (most if rows == 1 else rows * single), (rows, counted)
+    longest = max(code.loops, key=len)
+    assert sum("STG" in instruction or "ATOM" in instruction for instruction in longest) == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_machine_code_of_packed_products_spills_no_registers():
+    """With the instruction for e4m3 and without; in float32, whose inputs take most registers, on one of them."""
+    for architecture, dtypes in {
+        75: ["fp16"],
+        80: ["bf16"],
+        89: ["bf16"],
+        90: ["bf16", "fp32"],
+        120: ["bf16"],
+    }.items():
+        for dtype in dtypes:
+            shared = {"inputs": f"*{dtype}", "outputs": f"*{dtype}", "scale": "*fp32"}
+            halved = 2 if dtype == "fp32" else 1
+            cases = [
+                (
+                    kernel,
+                    pointers,
+                    {"ROWS": rows, "OUTPUTS": outputs, "INPUTS": inputs // halved, "HARDWARE": architecture >= 89},
+                )
+                for kernel, tiles, pointers in PACKED.values()
+                for rows, (outputs, inputs) in tiles.items()
+                if rows != 2
+            ]
+            awq = {"words": "*i32", "scales": "*fp32"}
+            cases.append((packed_matmul._awq_kernel, awq, {"PAIRS": packed_matmul.AWQ_PAIRS, "GROUP": 128}))
+            gemm = {"INPUTS": packed_matmul.GEMM_INPUTS, "WORDS": packed_matmul.GEMM_WORDS, "GROUP": 128}
+            awq = awq | {"zeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
+            cases.append((packed_matmul._gemm_kernel, awq, gemm))
+            for kernel, pointers, constants in cases:
+                code = compile_kernel(kernel, shared | pointers, constants, SIZES, architecture)
+                assert not code.spilled, (architecture, dtype, kernel, constants, code.spilled)
+                assert code.shared <= 48 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, no GPU")
+def test_machine_code_of_a_compiled_step_has_no_matmul_of_another_library(tmp_path):
+    """Two layers. With Inductor's defaults they are 15 launches and 15 matmuls of cuBLAS."""
+    script = "import tools; from tests.compiled_step import main; main()"
+    counted = json.loads(
+        run(sys.executable, "-c", script, "ours", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).splitlines()[-1]
+    )
+    assert counted["others"] == {"torch.ops.nemotron_vl.decode_attention.default": 2}
+    assert counted["launches"] <= 22
+
+
+@pytest.mark.parametrize("num_multiprocessors", [40, 108, 132])
+def test_every_multiprocessor_gets_programs_at_the_shapes_of_the_8b(num_multiprocessors):
+    """Key and value projections have 1,024 outputs, and so too few programs of the largest size."""
+    for num_outputs in (1024, 4096, 14336):
+        for most in (8, 4, packed_matmul.AWQ_PAIRS):
+            count = packed_matmul.outputs_per_program(num_outputs, most, num_multiprocessors)
+            assert num_outputs / count >= 2 * num_multiprocessors and (count == most or most % count == 0)
+        parts = packed_matmul.parts_of_inputs(num_outputs // 8, 1, 32, num_multiprocessors)
+        assert num_outputs // 128 * parts >= 2 * num_multiprocessors or parts == 32
 
 
 @pytest.mark.slow
