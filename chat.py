@@ -17,10 +17,13 @@ import torch
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
+from .answers import MAX_EQUAL_ROWS, LoopCriteria, TokenProbabilities, confidence
+from .pictures import flatten_images, open_document
 from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
+    THINK_END,
     THINK_START,
     V1_FORMAT,
     ControlTokenGuard,
@@ -37,6 +40,7 @@ from .prompts import (
 logger = logging.get_logger(__name__)
 
 # The length of an answer if the caller gives none, as in the examples of the model card.
+TEMPLATE_TOKENS = 16  # at most, that a chat template writes around a text
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 
@@ -100,6 +104,28 @@ class ChatCache(DynamicCache):
 
 
 @dataclass
+class Answer:
+    """One answer of `chat()` and what it tells about itself.
+
+    Args:
+        text: the answer without its end token.
+        history: the history with this turn appended.
+        token_ids: ids of its tokens, without the end token.
+        finish_reason: "stop" if the model or a stopping criterion ended it, "length" if all of its tokens were used,
+            "loop" if `stop_loops` ended it.
+        confidence: see `chat`; None without `return_confidence`.
+        probabilities: of its tokens, 0..1; None without `return_confidence`.
+    """
+
+    text: str
+    history: list[tuple[str, str]]
+    token_ids: list[int]
+    finish_reason: str
+    confidence: float | None = None
+    probabilities: list[float] | None = None
+
+
+@dataclass
 class ChatPrompt:
     """The prompt for one question of `chat()`.
 
@@ -117,9 +143,14 @@ class ChatPrompt:
     history: list[tuple[str, str]]
     text: str
 
+    @property
+    def begins_with_reasoning(self) -> bool:
+        """Whether the answer begins inside a block of reasoning."""
+        return self.text.rstrip().endswith(THINK_START)
+
     def history_with(self, answer: str) -> list[tuple[str, str]]:
         """Return the history with this answer, but without its reasoning, which the next prompt must not contain."""
-        if self.text.rstrip().endswith(THINK_START):
+        if self.begins_with_reasoning:
             answer = split_reasoning(answer, thinking=True)[1]
         return [*self.history, (self.question, answer)]
 
@@ -155,6 +186,13 @@ class ChatMixin:
         truncation: str | None = None,
         enable_thinking: bool | None = None,
         past_key_values: ChatCache | None = None,
+        document: Any = None,
+        pages: str | Sequence[int] | None = None,
+        password: str | None = None,
+        max_num_tiles: int | str | None = None,
+        return_confidence: bool = False,
+        return_dict: bool = False,
+        stop_loops: bool | int = False,
     ) -> Any:
         """Answer a question, or a batch of them, about images or text.
 
@@ -187,9 +225,21 @@ class ChatMixin:
             past_key_values: a cache from `chat_cache()`, updated in place. It saves time and does not change the
                 answer: the beginning that a prompt shares with the previous one is not computed again, images
                 included. Pass all pixels and the history, as you do without a cache. One question only.
+            document: a PDF or another document (see `open_document`), or a list of them, in place of `pixel_values`;
+                its pages are the images. `tokenizer` then has to be the processor. One question only.
+            pages, password: which pages of the document, such as "1-3,7", and the password of an encrypted one.
+            max_num_tiles: of each page; None leaves the processor's, and "fit" takes the largest number with which all
+                pages fit the context beside question and answer.
+            return_confidence: also return how probable the answer is, 0..1: the product of the probabilities of its
+                tokens, to the power `1 / confidence_temperature` (a key of the checkpoint's generation_config, 1
+                without it). Reasoning does not count. Not with beams or drafts.
+            return_dict: return an `Answer`, which also holds the ids of the tokens and why the answer ended.
+            stop_loops: end an answer that repeats itself; see `LoopCriteria` for the rule. A number is the number of
+                equal rows that are no loop, True means 200. Not with beams.
 
         Returns:
-            the answer; with `return_history` `(answer, history)`; for a batch lists of them.
+            the answer; with `return_history` `(answer, history)`, with `return_confidence` `(answer, confidence)`, with
+            both `(answer, history, confidence)`; for a batch lists of them. With `return_dict` one `Answer`, or a list.
 
         Raises:
             ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
@@ -198,11 +248,21 @@ class ChatMixin:
         _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         if truncation not in (None, "oldest_turns"):
             raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
         options, extra_options = self._generation_options(tokenizer, generation_config)
+        if document is not None:
+            if pixel_values is not None or visual_features is not None or not isinstance(question, str):
+                raise ValueError("document= takes the place of pixel_values, and goes with one question.")
+            texts = [question, system_prompt or "", *(text for pair in _check_history(history) for text in pair)]
+            room = self.config.max_sequence_length - (options.max_new_tokens or 1)
+            features = _document_tiles(processor, document, pages, password, max_num_tiles, texts, room)
+            pixel_values, num_patches = features["pixel_values"], features["num_patches"]
+        elif (pages, password, max_num_tiles) != (None, None, None):
+            raise ValueError("pages, password and max_num_tiles are options of document=, which was not given.")
         if past_key_values is not None:
             _check_chat_cache(past_key_values, question, options)
             extra_options["past_key_values"] = past_key_values
+        _check_one_path(options, extra_options, return_confidence=return_confidence, stop_loops=stop_loops)
         tiles = visual_features if visual_features is not None else pixel_values
         if tiles is not None:
             self._check_images(pixel_values, visual_features)
@@ -226,11 +286,18 @@ class ChatMixin:
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
         name = "pixel_values" if visual_features is None else "visual_features"
-        answers = self._answer(tokenizer, prompts, options, extra_options, streamer, tiles, name)
-        histories = [prompt.history_with(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        if isinstance(question, str):
-            answers, histories = answers[0], histories[0]
-        return (answers, histories) if return_history else answers
+        answers = self._answer(
+            tokenizer, prompts, options, extra_options, streamer, tiles, name, return_confidence, stop_loops
+        )
+        if return_dict:
+            return answers[0] if isinstance(question, str) else answers
+        columns: list[list[Any]] = [[answer.text for answer in answers]]
+        if return_history:
+            columns.append([answer.history for answer in answers])
+        if return_confidence:
+            columns.append([answer.confidence for answer in answers])
+        found = tuple(column[0] for column in columns) if isinstance(question, str) else tuple(columns)
+        return found if len(found) > 1 else found[0]
 
     def _generation_options(
         self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
@@ -241,7 +308,10 @@ class ChatMixin:
         else:
             options, given = copy.deepcopy(self.generation_config), dict(generation_config or {})
             options.eos_token_id = tokenizer.eos_token_id
+        temperature = given.pop("confidence_temperature", None)  # no option of transformers
         extra_options = options.update(**given)
+        if temperature is not None:
+            options.confidence_temperature = temperature
         if options.eos_token_id is None:
             options.eos_token_id = tokenizer.eos_token_id
         if options.pad_token_id is None:
@@ -312,12 +382,16 @@ class ChatMixin:
         streamer: Any | None,
         tiles: torch.Tensor | None,
         name: str,
-    ) -> list[str]:
+        keep_probabilities: bool,
+        stop_loops: bool | int,
+    ) -> list[Answer]:
         """Generate an answer to each prompt, and decode it up to its end token.
 
         Args:
             tiles: the tiles of all prompts in order, or features instead of them.
             name: the argument of `generate` that takes these, `pixel_values` or `visual_features`.
+            keep_probabilities: keep those of the tokens.
+            stop_loops: see `chat`.
         """
         ids, mask = _pad_left([prompt.input_ids for prompt in prompts], options.pad_token_id)
         cache, new_tiles = extra_options.get("past_key_values"), tiles
@@ -326,6 +400,13 @@ class ChatMixin:
             new_tiles = tiles[num_kept:] if tiles is not None and num_kept < len(tiles) else None
         if options.stop_strings is not None:
             extra_options = {"tokenizer": tokenizer, **extra_options}
+        probabilities = TokenProbabilities() if keep_probabilities else None
+        if probabilities:
+            extra_options["logits_processor"] = [*(extra_options.get("logits_processor") or ()), probabilities]
+        loops = None
+        if stop_loops is not False:
+            loops = LoopCriteria(tokenizer, MAX_EQUAL_ROWS if stop_loops is True else stop_loops)
+            extra_options["stopping_criteria"] = [*(extra_options.get("stopping_criteria") or ()), loops]
         output = self.generate(
             input_ids=torch.tensor(ids),
             attention_mask=torch.tensor(mask),
@@ -337,10 +418,15 @@ class ChatMixin:
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if isinstance(cache, ChatCache):
             cache.remember(sequences[0].tolist(), tiles)
-        return [
-            tokenizer.decode(_cut_at_eos(new_ids, options), skip_special_tokens=False).strip()
-            for new_ids in sequences[:, len(ids[0]) :].tolist()
-        ]
+        limit = self.config.max_sequence_length - len(ids[0])
+        if options.max_new_tokens is not None:
+            limit = min(limit, options.max_new_tokens)
+        elif options.max_length is not None:
+            limit = min(limit, options.max_length - len(ids[0]))
+        kept = probabilities.of(sequences) if probabilities else [None] * len(prompts)
+        loop_ends = loops.loop_ends if loops else [None] * len(prompts)
+        rows = zip(prompts, sequences[:, len(ids[0]) :].tolist(), kept, loop_ends, strict=True)
+        return [_finished_answer(tokenizer, *row, options=options, limit=limit) for row in rows]
 
     def chat_cache(self) -> ChatCache:
         """Return an empty cache for the argument `past_key_values` of `chat`; the model does not keep it.
@@ -618,6 +704,55 @@ def _cut_at_eos(new_ids: list[int], options: GenerationConfig) -> list[int]:
     return new_ids[: next((i for i, token in enumerate(new_ids) if token in ends), len(new_ids))]
 
 
+def _finished_answer(
+    tokenizer: Any,
+    prompt: ChatPrompt,
+    new_ids: list[int],
+    probabilities: list[float] | None,
+    loop_end: int | None,
+    *,
+    options: GenerationConfig,
+    limit: int,
+) -> Answer:
+    """Return the answer in a row of new ids, which may go on with end and padding tokens."""
+    token_ids = _cut_at_eos(new_ids, options)
+    if len(token_ids) == len(new_ids):
+        while token_ids and token_ids[-1] == options.pad_token_id:  # a stopping criterion ended it before the others
+            token_ids = token_ids[:-1]
+    looped = loop_end is not None and loop_end <= len(token_ids)
+    finish_reason = "loop" if looped else "length" if len(token_ids) >= limit else "stop"
+    text = tokenizer.decode(token_ids, skip_special_tokens=False).strip()
+    answer = Answer(text, prompt.history_with(text), token_ids, finish_reason)
+    if probabilities is not None:
+        answer.probabilities = probabilities[: len(token_ids)]
+        first = _length_of_reasoning(tokenizer, token_ids) if prompt.begins_with_reasoning else 0
+        temperature = getattr(options, "confidence_temperature", None) or 1.0
+        answer.confidence = confidence(answer.probabilities[first:], temperature)
+    return answer
+
+
+def _length_of_reasoning(tokenizer: Any, token_ids: list[int]) -> int:
+    """Return how many tokens of an answer are its reasoning; 0 if it has not ended."""
+    ends = range(len(token_ids) + 1)
+    found = bisect.bisect_left(ends, True, key=lambda end: THINK_END in tokenizer.decode(token_ids[:end]))
+    return found if found < len(ends) else 0
+
+
+def _check_one_path(options: GenerationConfig, extra_options: Mapping[str, Any], **wanted: bool | int) -> None:
+    """Raise if the answer is searched for in ways along which its tokens cannot be watched one by one."""
+    names = [name for name, value in wanted.items() if value is not False]
+    if names and (options.num_beams or 1) > 1:
+        raise ValueError(
+            f"{names[0]} follows one answer, and num_beams={options.num_beams} follows several. Leave one out."
+        )
+    has_drafts = options.prompt_lookup_num_tokens is not None or extra_options.get("assistant_model") is not None
+    if wanted["return_confidence"] and has_drafts:
+        raise ValueError(
+            "return_confidence needs the scores of each token as it is taken, which assisted decoding does not keep. "
+            "Leave out assistant_model and prompt_lookup_num_tokens, or return_confidence."
+        )
+
+
 def _num_equal(left: Sequence[object], right: Sequence[object]) -> int:
     """Length of the common beginning."""
     pairs = zip(left, right, strict=False)
@@ -631,6 +766,34 @@ def _num_equal_tiles(kept: torch.Tensor | None, tiles: torch.Tensor) -> int:
     number = min(len(kept), len(tiles))
     equal = (kept[:number] == tiles[:number]).flatten(1).all(1)
     return _num_equal(equal.tolist(), [True] * number)
+
+
+def _document_tiles(
+    processor: Any,
+    document: Any,
+    pages: str | Sequence[int] | None,
+    password: str | None,
+    max_num_tiles: int | str | None,
+    texts: list[str],
+    room: int,
+) -> Any:
+    """Return the tiles of the pages of a document, or of several, by the processor that the caller gave.
+
+    Args:
+        texts: question, history and system text, whose tokens and those of the template around them need room, too.
+        room: tokens for the prompt.
+    """
+    if not hasattr(processor, "image_processor"):
+        raise TypeError(
+            f"chat(document=...) needs the processor in place of the tokenizer, got {type(processor).__name__}. Load "
+            "it with AutoProcessor."
+        )
+    documents = document if isinstance(document, list) else [document]
+    images = list(flatten_images([open_document(one, pages=pages, password=password) for one in documents]))
+    text_tokens = sum(len(processor.tokenizer(text)["input_ids"]) for text in texts)
+    # The template writes some tokens around each text, and a line feed after each page.
+    text_tokens += TEMPLATE_TOKENS * (len(texts) + 1) + len(images)
+    return processor.image_processor(images, **processor.fitting_options(images, max_num_tiles, room - text_tokens))
 
 
 def _check_image_tokens(start: str, end: str, context: str) -> None:

@@ -8,28 +8,22 @@ The 12B V2 has another recipe: no doubling, the grid of the closest aspect ratio
 and normalised at the end because its tower does not normalise.
 """
 
-import base64
 import contextlib
 import copy
 import inspect
-import io
 import math
 import operator
-import os
-import struct
-import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+
+from .pictures import Page, RGBImage, flatten_images, height_and_width, is_page, load_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -38,20 +32,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 COVERAGE_CAP = 0.6  # published score: a grid gains nothing by holding more than 60 % of the doubled image's pixels
 MAX_NUM_TILES = 1024  # the candidate list, and with it an absurd configuration, stays small
 MAX_TILE_PIXELS = 1 << 30  # of the tiles of one image: 12.9 GB as float32, before a wrong option takes all memory
+TOKENS_AROUND_IMAGE = 2  # <img> and </img>
 BAND_BYTES = 1 << 22  # source pixels doubled at once: more leaves the caches, less repeats the filter set-up too often
-HIDDEN_CONTRAST = 16  # of 255 levels: ink that differs less from its white ground is taken for invisible
-MAX_NESTING = 100  # lists inside lists of images: a list that contains itself gets an error that says what is wrong
-MAX_SIDE = 100_000  # pixels; a 1 x 100,000,000 image passes every limit on area and needs 800 GB on the way
-
-RGBImage = Image.Image | np.ndarray  # of mode RGB, or uint8 `(height, width, 3)`
-
-# What Pillow's decoders raise on broken files.
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
-    *(RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-
-PLAIN_TIFF = "save this TIFF with unsigned 8-bit samples, in one plane"
 
 # The values of the 8B V1 and of the 12B V2; there are no others.
 CHOICES = {"upscale": (2, 1), "grid_rule": ("area", "closest_ratio"), "interpolation": ("bilinear", "bicubic")}
@@ -208,6 +190,80 @@ def _grids(height: int, width: int, tiling: Tiling) -> list[tuple[int, int]]:
     return [(rows, columns), (1, 1)] if tiling.use_thumbnail and rows * columns > 1 else [(rows, columns)]
 
 
+def page_tiling(page: Page, tiling: Tiling = V1_TILING) -> tuple[tuple[int, int], Tiling]:
+    """Return height and width in pixels at which a page of a document is drawn, and the tiling for that image.
+
+    A page of a PDF is drawn as large as the grid of its tiles, which is chosen for the page at 150 dpi: A4 fills 12
+    tiles, 1536 x 2048 pixels, and no pixel is drawn that is not used. Such an image would get more tiles than the page
+    if the page is small, so the tiling is held to those of the page.
+    """
+    if not page.is_scalable:
+        return page.natural_size, tiling
+    rows, columns = select_tile_grid(*page.natural_size, tiling)
+    return (rows * tiling.image_size, columns * tiling.image_size), replace(tiling, max_num_tiles=rows * columns)
+
+
+def render_page(page: Page, tiling: Tiling = V1_TILING) -> RGBImage:
+    """Return the image of a page of a document that its tiles are cut from; see `page_tiling`."""
+    return page.render(*page_tiling(page, tiling)[0]) if page.is_scalable else page.render()
+
+
+def natural_size(image: RGBImage | Page) -> tuple[int, int]:
+    """Return the height and width in pixels by which the tiles of an image, or of a page, are chosen."""
+    return image.natural_size if is_page(image) else height_and_width(image)
+
+
+class PagePlan(NamedTuple):
+    """How images share a context.
+
+    Attributes:
+        max_num_tiles: of each image.
+        tiles: of each image, thumbnail included.
+        num_tokens: of all images, with the two tokens around each.
+        fits: whether that leaves room for prompt and answer.
+    """
+
+    max_num_tiles: int
+    tiles: list[int]
+    num_tokens: int
+    fits: bool
+
+
+def plan_pages(
+    sizes: Sequence[tuple[int, int]],
+    tiling: Tiling = V1_TILING,
+    *,
+    context_length: int = 16_384,
+    answer_tokens: int = 1024,
+    prompt_tokens: int = 0,
+    tokens_per_tile: int = 256,
+) -> PagePlan:
+    """Plan how many tiles each of several images gets, so that all fit a context with the prompt and the answer.
+
+    Args:
+        sizes: `(height, width)` in pixels of each image; for pages of a PDF their `natural_size`.
+        tiling: how images are cut; its `max_num_tiles` is the sharpness that is wished.
+        context_length: of the model in tokens: 16,384 for the 8B V1, 131,072 for the 12B V2.
+        answer_tokens, prompt_tokens: to leave room for.
+        tokens_per_tile: 256 for tiles of 512 px.
+
+    Returns:
+        the plan with the largest number of tiles, at most the wished one, with which all images fit; if they do not
+        even fit with one tile each, that plan, whose `fits` is False.
+    """
+    room = context_length - answer_tokens - prompt_tokens
+    plan = None
+    for max_num_tiles in range(tiling.max_num_tiles, 0, -1):
+        smaller = replace(tiling, max_num_tiles=max_num_tiles)
+        tiles_of = {size: count_tiles(*size, smaller) for size in set(sizes)}
+        tiles = [tiles_of[size] for size in sizes]
+        num_tokens = sum(count * tokens_per_tile + TOKENS_AROUND_IMAGE for count in tiles)
+        plan = PagePlan(max_num_tiles, tiles, num_tokens, num_tokens <= room)
+        if plan.fits:
+            break
+    return plan
+
+
 def undo_normalization(
     pixel_values: torch.Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> torch.Tensor:
@@ -226,265 +282,6 @@ def undo_normalization(
         torch.tensor(v, dtype=torch.float32, device=pixel_values.device).view(3, 1, 1) for v in (std, mean)
     )
     return (pixel_values.float() * scale + shift).clamp(0, 1).to(pixel_values.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Any input -> an RGB image
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def flatten_images(images: Any, depth: int = 0) -> Iterator[Any]:
-    """Yield the images of an image, a list, nested lists or a batched 4-dimensional array, in order.
-
-    Raises:
-        ValueError: if lists are nested more than 100 levels deep.
-    """
-    if depth > MAX_NESTING:
-        raise ValueError(f"Lists of images may be nested {MAX_NESTING} levels deep, these go deeper. Flatten them.")
-    if isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4):
-        for image in images:
-            yield from flatten_images(image, depth + 1)
-    else:
-        yield images
-
-
-def load_image(image: Any, *, do_convert_rgb: bool = True, input_data_format: str | None = None) -> RGBImage:
-    """Read whatever a caller gives as an image into RGB; see `NemotronVLImageProcessor` for the rules.
-
-    Returns:
-        For a PIL image or a file, a decoded PIL image of mode RGB, which may be `image` itself. For an array or a
-        tensor, a uint8 array `(height, width, 3)`, which may be a view of it.
-
-    Raises:
-        ValueError: if a file cannot be decoded completely, or an array is ambiguous, out of range or empty.
-        TypeError: if `image` is of no supported kind.
-    """
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        loaded = _array_to_rgb(image, do_convert_rgb, input_data_format)
-    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(image, "read"):
-        try:
-            decoded = _decode(image) if isinstance(image, Image.Image) else _decode_file(image)
-            loaded = _pil_to_rgb(decoded, do_convert_rgb)
-        except DECODING_ERRORS as error:
-            shown = f"{image[:60]!r}..." if isinstance(image, (str, bytes)) and len(image) > 60 else repr(image)
-            raise ValueError(
-                f"The image {shown} cannot be used: {str(error) or type(error).__name__}. Give a complete image "
-                "that Pillow decodes (PNG, JPEG, WebP, TIFF, ...); render the pages of a PDF to images first."
-            ) from error
-    else:
-        raise TypeError(
-            f"An image is a PIL image, a NumPy array, a torch tensor, a path, a file opened in binary mode, the bytes "
-            f"or the base64 text of an image file, or a list of those; got {type(image).__name__}."
-        )
-    _check_size(*_height_and_width(loaded))
-    return loaded
-
-
-def _check_size(height: int, width: int) -> None:
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise ValueError(
-            f"The sides of an image must be in 1..{MAX_SIDE} pixels, got height={height}, width={width}. "
-            "Cut a longer one into pages."
-        )
-
-
-def _height_and_width(image: RGBImage) -> tuple[int, int]:
-    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-
-
-def _decode(image: Image.Image) -> Image.Image:
-    if image.format == "EPS":
-        raise ValueError("EPS is a program for Ghostscript, which is not run; convert it to PNG first")
-    _check_size(image.height, image.width)
-    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-    if is_tiff:
-        _check_tiff(image)
-    try:
-        image.load()
-    except ValueError as error:  # of a truncated file it would be an OSError
-        raise ValueError(f"{error}{f'; {PLAIN_TIFF}' if is_tiff else ''}") from error
-    return image
-
-
-def _tiff_tag(image: TiffImagePlugin.TiffImageFile, tag: int, default: int = 1) -> int:
-    """The number of a tag; of a tag with a number for each channel, the largest."""
-    value = image.tag_v2.get(tag, default)
-    return max(value) if isinstance(value, tuple) else value
-
-
-def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
-    """Raise ValueError for samples that Pillow 13 decodes into others without an error, and for signed ones.
-
-    32-bit signed samples pass: Pillow writes its mode I that way.
-    """
-    bits = _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE)
-    is_raw = _tiff_tag(image, TiffImagePlugin.COMPRESSION) == 1
-    foreign_order = {"little": b"MM", "big": b"II"}[sys.byteorder]
-    problem = None
-    if _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 2 and bits < 32:
-        problem = f"its samples are signed {bits}-bit numbers, which do not say what is white"
-    elif image.mode in ("I", "F") and not is_raw and image.tag_v2.prefix == foreign_order:
-        problem = f"Pillow does not put the bytes of compressed {bits}-bit samples into order"
-    elif _tiff_tag(image, TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
-        photometric = _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0)
-        fill_order = _tiff_tag(image, TiffImagePlugin.FILLORDER)
-        misread = bits != 8 or fill_order == 2 or photometric in (0, 6) if is_raw else image.mode in ("LA", "La", "PA")
-        if misread:
-            problem = f"Pillow does not decode separate planes (PlanarConfiguration 2) of {bits}-bit {image.mode}"
-    if problem:
-        raise ValueError(f"{problem}; {PLAIN_TIFF}")
-
-
-def _decode_file(source: Any) -> Image.Image:
-    """Decode a path, `file:` or `data:` URL, base64 text, bytes or file; first frame, upright by its EXIF tag."""
-    file = _named_file(source) if isinstance(source, str) else source
-    position = None
-    if isinstance(file, (str, os.PathLike)):
-        if not os.path.isfile(file):  # a pipe or device would never end
-            raise ValueError("it is a directory" if os.path.isdir(file) else "there is no such file")
-    elif hasattr(file, "read"):
-        if not isinstance(file.read(0), bytes):
-            raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")
-        if not file.seekable():  # a pipe or socket might never end
-            raise ValueError("the file is a stream that cannot be read twice; pass what it held: file.read()")
-        position = file.tell()
-    else:
-        file = io.BytesIO(file)
-    try:
-        with _open(file) as image:
-            ImageOps.exif_transpose(_decode(image), in_place=True)
-    finally:
-        if position is not None:  # the caller's file is left as it was
-            file.seek(position)
-    return image
-
-
-def _open(file: Any) -> Image.Image:
-    try:
-        return Image.open(file)
-    except UnidentifiedImageError:
-        is_path = isinstance(file, (str, os.PathLike))
-        with open(file, "rb") if is_path else contextlib.nullcontext(file) as opened:
-            opened.seek(0)
-            if opened.read(4) not in TiffImagePlugin.PREFIXES:
-                raise
-        raise ValueError(
-            f"Pillow does not decode this TIFF: it is damaged, or its samples are of a rare kind; {PLAIN_TIFF}"
-        ) from None
-
-
-def _named_file(text: str) -> str | bytes:
-    """The path that a text names, or the bytes that it holds as base64."""
-    if text.startswith(("http://", "https://")):
-        raise ValueError("images are not fetched from the network; download it and pass the path or the bytes")
-    if text.startswith("file://"):
-        return url2pathname(urlsplit(text).path)
-    if not text.startswith("data:") and os.path.isfile(text):
-        return text
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except ValueError as error:
-        raise ValueError("it is neither an existing file nor base64 text") from error
-
-
-def _pil_to_rgb(image: Image.Image, do_convert_rgb: bool) -> Image.Image:
-    transparent = image.has_transparency_data
-    if image.mode == "RGB" and not (transparent and do_convert_rgb):
-        return image
-    if not do_convert_rgb:
-        raise ValueError(f"the model takes RGB, its mode is {image.mode!r} and do_convert_rgb is False")
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _deep_grey_to_rgb(image)
-    if not transparent:
-        return image.convert("RGB")
-    if image.mode == "La":  # Pillow leaves premultiplied grey in two steps only
-        image = image.convert("LA")
-    return _on_visible_ground(image.convert("RGBA"))
-
-
-def _on_visible_ground(image: Image.Image) -> Image.Image:
-    """Composite an RGBA image on white, or on black if white hides it; an alpha of 0 everywhere is no alpha."""
-    on_white = _composite(image, "white")
-    if _contrast(on_white) > HIDDEN_CONTRAST:
-        return on_white
-    is_alpha_unused = image.getchannel("A").getextrema() == (0, 0)
-    return max(on_white, image.convert("RGB") if is_alpha_unused else _composite(image, "black"), key=_contrast)
-
-
-def _composite(image: Image.Image, ground: str) -> Image.Image:
-    return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-
-
-def _contrast(image: Image.Image) -> int:
-    """The difference between the highest and the lowest level of a channel, at most 255."""
-    return max(high - low for low, high in image.getextrema())
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 12-, 16- and 32-bit and float grey to 0..255; what is white says the mode or, in a TIFF, its tags."""
-    values, white_is_zero = np.asarray(image), False
-    whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))  # the smallest that holds all values
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        white_is_zero = _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0
-        if _tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE) == 12:
-            whites = (4095,)
-        elif image.mode == "I" and _tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) == 1:
-            values, whites = values.view(np.uint32), (255, 65535, 2**32 - 1)
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
-    white = next((white for white in whites if high <= white), whites[-1])
-    if not (low >= 0 and high <= white):
-        raise ValueError(f"its mode {image.mode} needs values in 0..{white}, got {low}..{high}; rescale it to 0..255")
-    grey = np.rint(values * np.float32(255 / white)).astype(np.uint8)
-    return Image.fromarray(255 - grey if white_is_zero else grey).convert("RGB")
-
-
-def _array_to_rgb(array: np.ndarray | torch.Tensor, do_convert_rgb: bool, input_data_format: str | None) -> np.ndarray:
-    """Grey `(H, W)`, or `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels; uint8, or float in 0..1 -> uint8 RGB."""
-    if isinstance(array, torch.Tensor):
-        if array.is_meta or array.is_nested:
-            raise TypeError("An image tensor must hold its pixels; this one is on the meta device, or nested.")
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    array = _channels_last_view(array, input_data_format)
-    if np.issubdtype(array.dtype, np.floating) and array.size:
-        low, high = float(array.min()), float(array.max())
-        if not (low >= -0.5 / 255 and high <= 1 + 0.5 / 255):  # not: so that NaN is refused as well
-            raise ValueError(
-                f"A float image must lie in 0..1, got {low:g}..{high:g}. Divide values in 0..255 by 255 or pass them "
-                "as uint8; undo_normalization takes a mean and standard deviation off again."
-            )
-        array = np.rint(array * 255).clip(0, 255).astype(np.uint8)
-    elif array.dtype != np.uint8 and array.size:
-        raise TypeError(
-            f"An image array must be uint8 in 0..255 or float in 0..1, got {array.dtype}. Convert it, for example "
-            "16-bit values with (array // 257).astype('uint8')."
-        )
-    num_channels = array.shape[-1]
-    if num_channels == 4 and array.size:
-        return np.asarray(_pil_to_rgb(Image.fromarray(np.ascontiguousarray(array)), do_convert_rgb))
-    if num_channels == 1 and not do_convert_rgb:
-        raise ValueError("The model takes RGB, the array has 1 channel and do_convert_rgb is False.")
-    return np.broadcast_to(array, (*array.shape[:2], 3)) if num_channels == 1 else array
-
-
-def _channels_last_view(array: np.ndarray, input_data_format: str | None) -> np.ndarray:
-    """View an array as `(height, width, channels)`, channels 1, 3 or 4, or say why that is not possible."""
-    if array.ndim == 2:
-        return array[..., None]
-    fits = [array.ndim == 3 and array.shape[axis] in (1, 3, 4) for axis in (0, -1)]
-    wanted = {"channels_first": (True, False), "channels_last": (False, True), None: (True, True)}
-    name = getattr(input_data_format, "value", input_data_format)
-    if name not in wanted:
-        raise ValueError(f"input_data_format must be 'channels_first' or 'channels_last', got {input_data_format!r}.")
-    first, last = (fit and want for fit, want in zip(fits, wanted[name], strict=True))
-    if first == last:
-        problem = "can be read either way" if first else f"does not fit input_data_format={name!r}"
-        raise ValueError(
-            f"An image array of shape {array.shape} {problem}. It must be (height, width), or 1, 3 or 4 channels "
-            "first or last; input_data_format='channels_first' or 'channels_last' says which."
-        )
-    return array.transpose(1, 2, 0) if first else array
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,7 +312,7 @@ def _upscaled_bands(image: RGBImage, upscale: int) -> Iterator[tuple[int, torch.
     Doubling needs one row above and one below a band; what those rows double to is left out. Bands of a PIL image
     have a meaningless fourth channel: Pillow stores it, and copying it is cheaper than dropping it.
     """
-    height, width = _height_and_width(image)
+    height, width = height_and_width(image)
     num_channels = 4 if isinstance(image, Image.Image) else 3
     band_height = min(height, max(1, BAND_BYTES // (num_channels * width)))
     margin = 1 if upscale > 1 else 0
@@ -560,7 +357,7 @@ def cut_tiles(image: RGBImage, tiling: Tiling = V1_TILING, **changes: Any) -> li
     """
     tiling = replace(tiling, **changes) if changes else tiling
     image_size, upscale, interpolation = tiling.image_size, tiling.upscale, tiling.interpolation
-    height, width = _height_and_width(image)
+    height, width = height_and_width(image)
     grids = _grids(height, width, tiling)
     dtype = np.float32 if interpolation == "bicubic" else np.uint8
     narrowed = []
@@ -673,7 +470,8 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         """Cut images into tiles.
 
         Args:
-            images: an image or (nested) lists of images; an empty list gives an empty result.
+            images: an image, a document (see `open_document`), or (nested) lists of images and pages; an empty list
+                gives an empty result.
             return_tensors: None, "pt" or "np".
             input_data_format: "channels_first" or "channels_last", for arrays.
             kwargs: options of this call; None means the processor's own value. `use_fast`, `disable_grouping`,
@@ -693,15 +491,20 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors must be None, 'pt' or 'np', got {return_tensors!r}.")
         loaded = [
-            load_image(image, do_convert_rgb=options.do_convert_rgb, input_data_format=input_data_format)
+            image  # drawn one after the other
+            if is_page(image)
+            else load_image(image, do_convert_rgb=options.do_convert_rgb, input_data_format=input_data_format)
             for image in flatten_images(images)
         ]
         tiling = options.tiling
-        num_patches = [count_tiles(*_height_and_width(image), tiling) for image in loaded]
+        num_patches = [count_tiles(*natural_size(image), tiling) for image in loaded]
         pixel_values = options._allocate(sum(num_patches))
         targets = pixel_values.split(num_patches) if loaded else ()
         for image, target in zip(loaded, targets, strict=True):
-            options._fill(target, cut_tiles(image, tiling))
+            if is_page(image):
+                options._fill(target, cut_tiles(render_page(image, tiling), page_tiling(image, tiling)[1]))
+            else:
+                options._fill(target, cut_tiles(image, tiling))
         if return_tensors == "np":
             pixel_values, num_patches = pixel_values.cpu().numpy(), np.array(num_patches, np.int64)
         elif return_tensors == "pt":

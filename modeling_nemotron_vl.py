@@ -29,11 +29,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_flash_attn_2_available, logging
 
+# transformers 4.57 copies only files that are imported here: some names are imported for that alone.
+from .answers import LoopCriteria as LoopCriteria
+from .c_compiler import load_library as load_library
 from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
+from .cpu_matmul import has_product as has_product
 from .decode_attention import default_attention, reused_cache
-from .packed_matmul import has_kernel as has_kernel  # transformers 4.57 copies only files that are imported here
+from .packed_matmul import has_kernel as has_kernel
+from .pictures import Document as Document
 from .prompts import V1_FORMAT, V2_FORMAT
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput

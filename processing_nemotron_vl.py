@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from transformers.utils.chat_template_utils import (
 )
 
 from .image_processing import OPTIONS as IMAGE_OPTIONS
-from .image_processing import NemotronVLImageProcessor, explain_damage
+from .image_processing import NemotronVLImageProcessor, PagePlan, Tiling, explain_damage, natural_size, plan_pages
+from .pictures import flatten_images, is_document, is_page, load_image
 from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -53,6 +55,8 @@ from .prompts import (
 
 # A template that matches this reads the parts of a content itself. Others, like the published one, need a string.
 READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
+FIT = "fit"  # max_num_tiles: the largest number with which all images of a prompt fit the context
+ANSWER_TOKENS = 1024  # that "fit" leaves for the answer, as much as chat() lets an answer take
 MAX_PADDING = 1 << 24  # tokens; a wrong option must not take all memory
 
 TEXT_OPTIONS = (
@@ -192,7 +196,8 @@ class NemotronVLProcessor(ProcessorMixin):
             images: one image, a flat list over the whole batch in the order of the placeholders, or one list per
                 text; anything the image processor takes.
             text: one prompt or a batch, each with one `<image>` per image.
-            kwargs: options of the image processor (`max_num_tiles`, ...), of the tokenizer (`padding`,
+            kwargs: options of the image processor (`max_num_tiles`, which may also be "fit": the largest number with
+                which the images of every prompt fit the context beside an answer of 1,024 tokens), of the tokenizer (`padding`,
                 `max_length`, ...), `return_tensors`, `return_mm_token_type_ids`, `return_text_replacement_offsets`;
                 also nested as `images_kwargs`, `text_kwargs` and `common_kwargs`. `videos`, `audio` and `audios` must
                 be empty: the 8B V1 has no prompt format for them.
@@ -233,6 +238,10 @@ class NemotronVLProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         starts: list[list[int]] = []
         flat_images, images_per_text = group_images(images)
+        if images_kwargs.get("max_num_tiles") == FIT:
+            images_kwargs["max_num_tiles"], flat_images = self._fitting_tiles(
+                flat_images, texts, images_kwargs, marker
+            )
         features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
         if flat_images:
             data.update({name: features[name] for name in self.image_processor.model_input_names})
@@ -247,6 +256,63 @@ class NemotronVLProcessor(ProcessorMixin):
                 pairs = zip(texts, runs, strict=True)
                 data["text_replacement_offsets"] = [replacement_offsets(text, own, marker) for text, own in pairs]
         return data, return_tensors, starts
+
+    def fitting_options(self, images: Sequence[Any], max_num_tiles: int | str | None, room: int) -> dict[str, Any]:
+        """Return the image processor's option `max_num_tiles` for images that have to fit into some tokens.
+
+        Args:
+            images: in any form that the image processor takes one in, pages of documents among them.
+            max_num_tiles: of each image; None is the image processor's own, and "fit" the largest that fits.
+            room: tokens that all images may take together.
+
+        Raises:
+            ValueError: if the images do not fit; the message names the largest number of tiles that does.
+        """
+        loaded = [image if is_page(image) else load_image(image) for image in images]
+        own = self.image_processor.tiling
+        wished = own if max_num_tiles in (None, FIT) else replace(own, max_num_tiles=max_num_tiles)
+        plan = self._plan(loaded, wished, room)
+        if not plan.fits:
+            raise ValueError(
+                f"{len(images)} pages or images take {plan.num_tokens:,} tokens with one tile each, and the context "
+                f"leaves {room:,}. Ask about fewer of them at a time."
+            )
+        if max_num_tiles != FIT and plan.max_num_tiles < wished.max_num_tiles:
+            all_tokens = self._plan(loaded, wished, 1 << 60).num_tokens
+            if all_tokens > room:
+                raise ValueError(
+                    f"{len(images)} pages or images take {all_tokens:,} tokens with at most {wished.max_num_tiles} "
+                    f"tiles each, and the context leaves {room:,}. They fit with max_num_tiles={plan.max_num_tiles}; "
+                    f"max_num_tiles={FIT!r} takes that number."
+                )
+        return {"max_num_tiles": plan.max_num_tiles}
+
+    def _plan(self, images: Sequence[Any], tiling: Tiling, room: int) -> PagePlan:
+        sizes = [natural_size(image) for image in images]
+        return plan_pages(
+            sizes, tiling, context_length=room, answer_tokens=0, tokens_per_tile=self.image_processor.tokens_per_tile
+        )
+
+    def _fitting_tiles(
+        self, images: list[Any], texts: Sequence[str] | None, images_kwargs: dict[str, Any], marker: str | None
+    ) -> tuple[int, list[Any]]:
+        """Return the largest number of tiles with which the images of each text fit the context, and the images."""
+        if texts is None:
+            raise ValueError(f"max_num_tiles={FIT!r} needs the prompts that the images have to fit with, as text=.")
+        context = self.tokenizer.model_max_length
+        loaded = [
+            image if is_page(image) else load_image(image, do_convert_rgb=True, input_data_format=None)
+            for image in flatten_images(images)
+        ]
+        counts = [text.count(IMAGE_TOKEN) for text in texts]
+        without_images = self._encode_texts(texts, [[[]] * count for count in counts], True, marker, False)
+        fitting, start = self.image_processor.tiling.max_num_tiles, 0
+        for (ids, _), count in zip(without_images, counts, strict=True):
+            room = context - len(ids) - ANSWER_TOKENS
+            own, start = loaded[start : start + count], start + count
+            if own:
+                fitting = min(fitting, self.fitting_options(own, FIT, room)["max_num_tiles"])
+        return fitting, loaded
 
     def _split_options(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Split the options of a call, also nested and common ones, into those for images and those for text."""
@@ -557,12 +623,15 @@ def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
     """
     if images is None:
         return [], None
+    if is_document(images):
+        return list(images), None
     if not isinstance(images, (list, tuple)):
         return [images], None
-    if not any(image is None or isinstance(image, (list, tuple)) for image in images):
+    if not any(image is None or isinstance(image, (list, tuple)) or is_document(image) for image in images):
         return list(images), None
     groups = [
-        list(group) if isinstance(group, (list, tuple)) else [] if group is None else [group] for group in images
+        list(group) if isinstance(group, (list, tuple)) or is_document(group) else [] if group is None else [group]
+        for group in images
     ]
     return [image for group in groups for image in group], [len(group) for group in groups]
 

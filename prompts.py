@@ -13,6 +13,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .pictures import document_of_part
+
 try:
     from jinja2 import TemplateError
 except ImportError:  # transformers says what to install when a template is rendered
@@ -403,7 +405,8 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
 
     Args:
         content: a string, None, or a list of parts `{"type": "text", "text": ...}` and `{"type": "image", ...}` with
-            the image under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it.
+            the image under `image`, `url`, `path` or `base64`, or under `image_url` as OpenAI clients send it. A part
+            of type "document" or "file" (see `document_of_part`) gives an image for each of its pages.
         on_lines: put images on lines of their own, as in training: a line feed follows an image unless the next text
             starts with one.
 
@@ -422,7 +425,7 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
             f"{content!r:.80}."
         )
     texts, images, after_image = [""], [], False
-    for part in parts:
+    for part in _with_pages(parts):
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type")
         if kind == "text":
@@ -433,8 +436,8 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
             piece = IMAGE_TOKEN
         else:
             raise ValueError(
-                f"A message has a content part of type {kind!r}; this model takes 'text', 'image' and 'image_url'. "
-                "Send a PDF page or a video frame as an image."
+                f"A message has a content part of type {kind!r}; this model takes 'text', 'image', 'image_url', "
+                "'document' and 'file'. Send a video frame as an image."
             )
         texts[-1] += "\n" if after_image and on_lines and not piece.startswith("\n") else ""
         after_image = kind != "text"
@@ -444,6 +447,15 @@ def split_content(content: Any, on_lines: bool = True) -> tuple[list[str], list[
         else:
             texts[-1] += piece
     return texts, images
+
+
+def _with_pages(parts: Sequence[str | dict[str, Any]]) -> Iterator[str | dict[str, Any]]:
+    """Yield content parts, an image part for each page in place of a document."""
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") in ("document", "file"):
+            yield from ({"type": "image", "image": page} for page in document_of_part(part))
+        else:
+            yield part
 
 
 def _image_of(part: dict[str, Any]) -> Any:

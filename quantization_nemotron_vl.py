@@ -2,8 +2,8 @@
 
 The headers of the safetensors files tell the format of each nn.Linear. The layer becomes a `PackedLinear`, whose
 parameters are the stored tensors under their stored names. Every call dequantises the weight again; where
-`packed_matmul` has a kernel, this happens in registers. `from_pretrained(..., dequantize=True)` dequantises all
-weights once.
+`packed_matmul` (CUDA) or `cpu_matmul` can multiply, this happens in registers. `from_pretrained(..., dequantize=True)`
+dequantises all weights once.
 
 Only the tensors of a module tell its format, because the exclude lists that exporters write are often wrong. An
 incomplete or unknown format is an error. Only weights are quantised here: `input_scale` (for activations) and
@@ -25,6 +25,7 @@ from transformers.utils import is_accelerate_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import TORCH_DTYPES, Checkpoint, TensorHeader
+from .cpu_matmul import has_product, multiply_on_cpu, unpack_on_cpu
 from .packed_matmul import has_kernel, multiply_packed
 
 if is_accelerate_available():
@@ -138,7 +139,7 @@ class Format(NamedTuple):
 
 SCALAR = (("F32",), ())
 # Weights dequantised at a time on a CPU. Larger chunks do not fit its caches and page-fault in every call.
-CPU_CHUNK_WEIGHTS = 2**21
+CPU_CHUNK_WEIGHTS = 2**22
 
 FORMATS = {
     "NVFP4": Format(
@@ -281,6 +282,28 @@ def _raise_unknown(name: str, tensors: Mapping[str, TensorHeader], reason: str) 
 # --- the layer ---
 
 
+def decode(
+    stored: Format,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    num_outputs: int,
+    span: range | None = None,
+) -> torch.Tensor:
+    """Compute the weight that the stored tensors mean, `(num_outputs, in_features)`, or its rows in `span`."""
+    span = span or range(num_outputs)
+    weight = unpack_on_cpu(stored.name, tensors, dtype, span)
+    if weight is not None:
+        return weight
+    if len(span) < num_outputs:
+        tensors = dict(tensors)
+        for key, tensor in tensors.items():
+            if tensor.dim() == 2:
+                size = tensor.shape[stored.outputs_dim]  # several outputs may share a byte or a word
+                start, stop = (size * end // num_outputs for end in (span.start, span.stop))
+                tensors[key] = tensor.narrow(stored.outputs_dim, start, stop - start)
+    return stored.decode(tensors, dtype)
+
+
 class _PackedMatmul(torch.autograd.Function):
     """Computes `hidden_states @ weight.T`, and keeps only the packed weight for the backward pass."""
 
@@ -292,7 +315,7 @@ class _PackedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.format.decode(ctx.tensors, gradient.dtype), None
+        return gradient @ decode(ctx.format, ctx.tensors, gradient.dtype, gradient.shape[-1]), None
 
 
 class PackedLinear(nn.Linear):
@@ -327,26 +350,29 @@ class PackedLinear(nn.Linear):
     @torch.no_grad()
     def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, `(out_features, in_features)`."""
-        return self.format.decode(self.packed_tensors(), dtype)
+        return decode(self.format, self.packed_tensors(), dtype, self.out_features)
 
-    def _chunks(self, device: torch.device) -> list[dict[str, torch.Tensor]]:
-        """Return the stored tensors, on a CPU in ranges of outputs that are dequantised one after the other."""
+    def _spans(self, device: torch.device) -> list[range]:
+        """Return the ranges of outputs that are dequantised one after the other: several on a CPU."""
         count = 1
         if device.type == "cpu":
             num_weights = self.out_features * self.in_features
             while num_weights > count * CPU_CHUNK_WEIGHTS and self.out_features % (16 * count) == 0:
                 count *= 2
-        tensors, dim = self.packed_tensors(), self.format.outputs_dim
-        cut = {key: tensor.chunk(count, dim) for key, tensor in tensors.items() if tensor.dim() == 2}
-        return [tensors | {key: pieces[index] for key, pieces in cut.items()} for index in range(count)]
+        size = self.out_features // count
+        return [range(index * size, (index + 1) * size) for index in range(count)]
 
     @torch.no_grad()
     def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute `hidden_states @ weight.T`; a CPU dequantises large weights in parts, never as a whole."""
-        dtype = hidden_states.dtype
+        tensors = self.packed_tensors()
+        if has_product(self.format.name, hidden_states, tensors):
+            return multiply_on_cpu(self.format.name, hidden_states, tensors)
         outputs = [
-            nn.functional.linear(hidden_states, self.format.decode(part, dtype))
-            for part in self._chunks(hidden_states.device)
+            nn.functional.linear(
+                hidden_states, decode(self.format, tensors, hidden_states.dtype, self.out_features, span)
+            )
+            for span in self._spans(hidden_states.device)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

@@ -22,6 +22,7 @@ import torch
 import transformers
 from PIL import Image
 
+from documents.distance import edit_distance
 from documents.drawing import FONTS, draw, random_style, require_fonts
 from documents.generator import KINDS, LONG_KINDS, NUM_LAYOUTS, document
 from documents.questions import Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
@@ -59,19 +60,6 @@ def batches(questions: list[Question], batch_size: int) -> Iterator[list[Questio
     for members in groups.values():
         for start in range(0, len(members), batch_size):
             yield members[start : start + batch_size]
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Return the fewest insertions, deletions and replacements that turn one string into the other."""
-    row = list(range(len(second) + 1))
-    for index, character in enumerate(first, 1):
-        diagonal, row[0] = row[0], index
-        for column, other in enumerate(second, 1):
-            diagonal, row[column] = (
-                row[column],
-                min(row[column] + 1, row[column - 1] + 1, diagonal + (character != other)),
-            )
-    return row[-1]
 
 
 def make_questions(num_documents: int, kinds: tuple[str, ...]) -> list[Question]:

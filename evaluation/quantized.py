@@ -24,6 +24,7 @@ from documents.drawing import draw, random_style, require_fonts
 from documents.generator import KINDS, document
 from evaluation import ROOT
 from evaluation.nano import evaluate, make_questions, mean
+from evaluation.tables import paired_difference
 from tools.chat import load
 
 FORMATS = ("fp8", "nvfp4", "awq")
@@ -66,18 +67,16 @@ def percentages(rows: list[dict]) -> dict[str, float]:
 
 def compare(before: list[dict], after: list[dict]) -> dict[str, Any]:
     """Differences in points, and how sure they are: the same questions were asked, so changes are counted in pairs."""
-    changes = [new["exact"] - old["exact"] for old, new in zip(before, after, strict=True)]
-    average = sum(changes) / len(changes)
-    variance = sum((change - average) ** 2 for change in changes) / max(1, len(changes) - 1)
+    numbers = paired_difference([row["exact"] for row in before], [row["exact"] for row in after])
     shares = percentages(before)
     return {
         "difference_in_points": {
             name: round(share - shares[name], 2) for name, share in percentages(after).items() if name in shares
         },
-        "standard_error_of_all": round(100 * (variance / len(changes)) ** 0.5, 2),
+        "standard_error_of_all": round(numbers["standard_error"], 2),
         "answers_changed": sum(old["given"] != new["given"] for old, new in zip(before, after, strict=True)),
-        "became_wrong": sum(change < 0 for change in changes),
-        "became_right": sum(change > 0 for change in changes),
+        "became_wrong": numbers["became_wrong"],
+        "became_right": numbers["became_right"],
     }
 
 

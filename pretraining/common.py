@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,8 +68,16 @@ def run_parser(description: str, **defaults: float) -> argparse.ArgumentParser:
     parser.add_argument("--weight-decay", type=float, default=0.2, help="of Muon's matrices")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations; two seeds share none")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply in bfloat16, faster on a processor with AVX512-BF16 or AMX"
+    )
     parser.set_defaults(**defaults)
     return parser
+
+
+def precision(arguments: argparse.Namespace) -> torch.autocast:
+    """Return the context in which a stage computes its outputs; weights and gradients stay in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=arguments.bfloat16)
 
 
 def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -117,13 +126,15 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], progress: float, 
 class Run:
     """A training run on disk: weights, the step, the minutes spent, and a log with one JSON object a line."""
 
-    def __init__(self, directory: Path, minutes: float):
+    def __init__(self, directory: Path, minutes: float, clock: Callable[[], float] = time.monotonic):
         self.directory = directory
         self.minutes = minutes
+        self.clock = clock  # `time.process_time` counts the processor's minutes, whatever else runs
         directory.mkdir(parents=True, exist_ok=True)
         state = directory / "state.json"
         self.state = json.loads(state.read_text()) if state.exists() else {"step": 0, "minutes": 0.0}
-        self.started_at = self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
+        self.started_at = clock()
         self.minutes_before = self.state["minutes"]
         self.steps_since_start = 0
 
@@ -142,13 +153,21 @@ class Run:
         """Count a step; log every `log_every` steps and save every `SAVE_EVERY_S` seconds."""
         self.state["step"] += 1
         self.steps_since_start += 1
-        minutes = torch.tensor([self.minutes_before + (time.monotonic() - self.started_at) / 60], dtype=torch.float64)
+        minutes = torch.tensor([self.minutes_before + (self.clock() - self.started_at) / 60], dtype=torch.float64)
         average([minutes])  # the learning rate depends on it, so all processes need the same
         self.state["minutes"] = minutes.item()
         if self.state["step"] % log_every == 0:
             self.log({"step": self.state["step"], "minutes": round(self.state["minutes"], 2)} | numbers)
         if time.monotonic() - self.saved_at > SAVE_EVERY_S or self.progress >= 1:
             self.save(model)
+
+    def log_measurement(self, measure: Callable[[], dict[str, float]]) -> None:
+        """Log what `measure` returns; its time is none of training."""
+        began = self.clock()
+        self.log(
+            {"step": self.state["step"], "minutes": round(self.state["minutes"], 2), "held out": True} | measure()
+        )
+        self.started_at += self.clock() - began
 
     def first_seed(self, arguments: argparse.Namespace) -> int:
         """Return the first seed of this step's conversations; steps, processes and `--seed`s share none."""

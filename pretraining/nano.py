@@ -20,6 +20,7 @@ from pretraining import tokenizer as nano_tokenizer
 IMAGE_SIZE = 512
 # Nano's pages are drawn at reading size: no doubling, at most two tiles one above the other, no thumbnail.
 TILING = {"image_size": IMAGE_SIZE, "max_num_tiles": 2, "use_thumbnail": False, "upscale": 1}
+TOWER = {"embed_dim": 192, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -43,8 +44,10 @@ def language_config(vocab_size: int) -> LlamaConfig:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Llama_Nemotron_Nano_VL:
-    """Return nano with random weights."""
+def build_model(
+    tokenizer: PreTrainedTokenizerBase, seed: int = 0, tower: dict[str, float] = TOWER
+) -> Llama_Nemotron_Nano_VL:
+    """Return nano with random weights, and with a tower of the given sizes (`model_kwargs` of its config)."""
     torch.manual_seed(seed)
     text_config = language_config(len(tokenizer))
     text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -54,7 +57,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Llama_Nemo
         vision_config={
             "args": {
                 "model": "vit_tiny_patch16_224",
-                "model_kwargs": {"embed_dim": 192, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0},
+                "model_kwargs": dict(tower),
                 "cpe_max_size": IMAGE_SIZE,
             },
             "patch_size": 16,
@@ -64,7 +67,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Llama_Nemo
         downsample_ratio=0.5,
         ps_version="v2",
         image_tag_type="internvl",
-        vit_hidden_size=192,
+        vit_hidden_size=tower["embed_dim"],
         projector_hidden_size=512,
         img_context_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         max_sequence_length=4096,
@@ -78,7 +81,9 @@ def tiles_of(images: list[Image.Image]) -> torch.Tensor:
     return torch.stack(tiles).float() / 255
 
 
-def save_nano(model: Llama_Nemotron_Nano_VL, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_nano(
+    model: Llama_Nemotron_Nano_VL, tokenizer: PreTrainedTokenizerBase, directory: Path, tiling: dict[str, int] = TILING
+) -> None:
     """Write weights, configs and tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
@@ -90,7 +95,7 @@ def save_nano(model: Llama_Nemotron_Nano_VL, tokenizer: PreTrainedTokenizerBase,
     for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
         settings = json.loads((ROOT / name).read_text())
         if name.startswith("pre"):
-            settings.update(TILING)
+            settings.update(tiling)
         if name.startswith("gen"):
             settings.update(
                 bos_token_id=tokenizer.bos_token_id,

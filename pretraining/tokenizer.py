@@ -10,6 +10,7 @@ falls into bytes. Special tokens are Llama 3's, with the image tokens of the pub
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -27,21 +28,22 @@ PIECES = r"</?t(?:able|r|d|h)>|\n\n| ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s"
 CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
 
 
-def build_vocabulary() -> dict[str, int]:
-    """Return byte-level piece -> id: 256 bytes, whole words, markup."""
+def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """Return byte-level piece -> id: 256 bytes, the whole words of texts, markup."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     to_byte_level = lambda text: byte_level.pre_tokenize_str(text)[0][0]  # noqa: E731
     words: set[str] = set()
-    for text in instruction_texts():
+    for text in texts:
         words.update(word for word in re.findall(r" ?[A-Za-z]+", text) if len(word.strip()) > 1)
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + [to_byte_level(piece) for piece in WHOLE + MARKUP]
     pieces += [to_byte_level(word) for word in sorted(words)]
     return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer, with chat template and special tokens."""
-    tokenizer = Tokenizer(models.BPE(vocab=build_vocabulary(), merges=[], ignore_merges=True))
+def build_tokenizer(texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, with chat template and special tokens; it keeps the words of texts whole."""
+    vocabulary = build_vocabulary(instruction_texts() if texts is None else texts)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
@@ -57,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|finetune_right_pad_id|>",
         additional_special_tokens=list(SPECIAL_TOKENS[7:]),
         chat_template=CHAT_TEMPLATE,
-        model_max_length=16384,
+        model_max_length=4096,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

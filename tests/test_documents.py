@@ -10,6 +10,7 @@ import torch
 
 from documents import drawing
 from documents.drawing import FONTS, draw, random_style
+from documents.fonts import TYPEFACES
 from documents.generator import COLUMNS, KINDS, LONG_KINDS, NUM_LAYOUTS, ROWS_PER_PAGE, Draft, document, in_order
 from documents.questions import (
     ABSENT,
@@ -86,7 +87,9 @@ def test_one_page_is_one_tile_in_every_style():
 
 def test_the_extra_nano_installs_the_package_of_every_font():
     extra = re.search(r"^nano = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL).group(1)
-    packages = {font[0].replace("_", "-") for fonts in FONTS.values() for font in fonts}
+    packages = {font[0] for fonts in FONTS.values() for font in fonts}
+    packages |= {face.package for faces in TYPEFACES.values() for face in faces}
+    packages = {package.replace("_", "-") for package in packages}
     assert set(re.findall(r'"([^"]+)"', extra)) == packages
 
 

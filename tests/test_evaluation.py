@@ -1,11 +1,12 @@
 """The evaluation of nano asks what it says it asks, and scores it right."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from documents.generator import KINDS, ROWS_PER_PAGE
-from evaluation import quantized
+from evaluation import foreign, pages, quantized
 from evaluation.nano import (
     FURTHER_TASKS,
     TASKS,
@@ -110,3 +111,33 @@ def test_formats_are_compared_question_by_question():
     plain = {"bytes": 2**21, "percent": quantized.percentages(before)}
     report = {"dtype": "float32", "formats": {quantized.PLAIN: plain, "fp8": found | sizes}}
     assert "| fp8 | 1.0 | 0.030 (0.040) | 4 | -10.0 ± 4.8 | -25.0 |" in quantized.markdown(report)
+
+
+def test_ordinary_pages_are_asked_about_in_every_task():
+    asked = [pages.make_question(seed) for seed in range(len(TASKS))]
+    assert [question.turn.task for question in asked] == list(TASKS)
+    assert [len(question.images) for question in asked] == [
+        {"text": 0, "compare": 2}.get(question.turn.task, 1) for question in asked
+    ]
+    last = pages.make_questions(20)[-1]
+    assert last.turn.task == "follow-up" and len(last.earlier) == 2
+
+
+def test_foreign_receipts_print_what_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(foreign.ImageDraw.ImageDraw, "text", lambda self, place, text, *_, **__: seen.append(text))
+    for seed in range(12):
+        seen.clear()
+        image, truth = foreign.receipt(seed)
+        assert set(truth) == set(foreign.QUESTIONS) and image.width >= 300
+        assert all(any(value in text for text in seen) for value in truth.values())
+
+
+def test_answers_about_foreign_receipts_are_compared_with_the_print():
+    class Model:
+        def chat(self, tokenizer, question, **_):
+            return foreign.receipt(0)[1]["total"] if "total" in question else "?"
+
+    processor = SimpleNamespace(tokenizer=None, image_processor=lambda images, return_tensors: {})
+    rows = foreign.answers(Model(), processor, 1)
+    assert [row["right"] for row in rows] == [True, False, False]

@@ -318,7 +318,7 @@ def write_task(folder: Path, count: int) -> list[dict]:
 @pytest.mark.slow
 def test_lmms_eval_runs_a_local_task_of_documents_on_nano(tmp_path):
     """The real client, through its command line; its answers are those of `chat()`."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/clients.md has its pip install")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
     rows = write_task(tmp_path, count=5)
     processor = AutoProcessor.from_pretrained(ROOT, subfolder="nano", **REMOTE)
     model = AutoModel.from_pretrained(ROOT, subfolder="nano", torch_dtype=torch.bfloat16, **REMOTE).eval()

@@ -132,8 +132,8 @@ def test_image_parts_stand_on_lines_of_their_own():
 
 
 def test_unknown_content_parts_are_refused():
-    with pytest.raises(ValueError, match="'file'.*'text', 'image'"):
-        flatten_content([{"type": "file", "file": {}}])
+    with pytest.raises(ValueError, match="'audio'.*'text', 'image'"):
+        flatten_content([{"type": "audio", "audio": {}}])
 
 
 @pytest.mark.parametrize("content", [{"type": "text", "text": "x"}, 3, [3], [{"type": "text"}], b"x"])

@@ -16,6 +16,7 @@ from nemotron_vl.quantization_nemotron_vl import (
     FORMATS,
     QUANT_METHOD,
     PackedLinear,
+    decode,
     decode_awq_gemm,
     decode_fp8,
     decode_nvfp4,
@@ -165,7 +166,7 @@ def test_nvfp4_encoder_keeps_representable_weights_and_rounds_ties_to_even():
 @pytest.mark.parametrize(("name", "expected"), [("nvfp4", 0.096), ("fp8", 0.026), ("awq", 0.1)])
 def test_encoders_have_the_error_of_their_format(name: str, expected: float):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    tensors = quantize._encode(weight, name, weight.abs().amax(), 128)
+    tensors = quantize.encode(weight, name, weight.abs().amax(), 128)
     decoded = FORMATS[quantize.FORMAT_NAMES[name]].decode(tensors, torch.float32)
     assert float((decoded - weight).norm() / weight.norm()) == pytest.approx(expected, rel=0.1)
 
@@ -224,7 +225,7 @@ def test_encoders_write_the_golden_bytes(golden_8b: Path, name: str):
             keys = [f"language_model.model.layers.{layer}.{module}" for module in names]
             amax = torch.stack([plain[f"{key}.weight"].abs().amax() for key in keys]).amax()
             for key in keys:
-                for part, tensor in quantize._encode(plain[f"{key}.weight"], name, amax, group_size).items():
+                for part, tensor in quantize.encode(plain[f"{key}.weight"], name, amax, group_size).items():
                     assert_same_bytes(tensor, stored[f"{key}.{part}"])
 
 
@@ -447,7 +448,10 @@ def test_bfloat16_computes_with_the_stored_scales(quantised: dict, inputs: dict,
     assert torch.equal(plain.get_submodule(Q_PROJ).weight, exact.bfloat16())
     assert packed.dtype == torch.bfloat16
     batch = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
-    torch.testing.assert_close(logits_of(packed, batch), logits_of(plain, batch), rtol=0.02, atol=0.02)
+    reference = logits_of(load(quantised[name], dequantize=True), inputs)
+    # A product of few rows does not round its weights to bfloat16, so the two differ, but not in their error.
+    errors = [float((logits_of(model, batch) - reference).norm() / reference.norm()) for model in (packed, plain)]
+    assert max(errors) < 0.03 and errors[0] < 1.1 * errors[1]
     packed.save_pretrained(tmp_path)
     before, after = load_file(quantised[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before if key.startswith(Q_PROJ))
@@ -506,23 +510,26 @@ def test_gradients_pass_through_packed_weights_and_do_not_change_them(quantised:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain torch"])
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_a_large_layer_is_dequantised_in_parts(
-    quantised: dict, inputs: dict, name: str, monkeypatch: pytest.MonkeyPatch
+    quantised: dict, inputs: dict, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ):
+    if not compiled:
+        monkeypatch.setattr("nemotron_vl.cpu_matmul._library", lambda: None)
     model = load(quantised[name])
     layer = model.get_submodule("language_model.model.layers.0.mlp.gate_proj")  # 96 x 64
-    hidden_states = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    hidden_states = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     whole, logits = layer(hidden_states), logits_of(model, inputs)
-    sizes, decode = [], layer.format.decode
+    sizes = []
 
-    def watched(tensors: dict, dtype: torch.dtype) -> torch.Tensor:
-        weight = decode(tensors, dtype)
+    def watched(*args) -> torch.Tensor:
+        weight = decode(*args)
         sizes.append(tuple(weight.shape))
         return weight
 
     monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.CPU_CHUNK_WEIGHTS", 1600)
-    layer.format = layer.format._replace(decode=watched)
+    monkeypatch.setattr("nemotron_vl.quantization_nemotron_vl.decode", watched)
     torch.testing.assert_close(layer(hidden_states), whole, rtol=0, atol=1e-6)
     assert sizes == [(24, 64)] * 4
     torch.testing.assert_close(logits_of(model, inputs), logits, rtol=0, atol=1e-5)
@@ -736,6 +743,39 @@ def test_awq_scaling_changes_nothing_but_the_error(tiny_checkpoint: Path, inputs
     assert float((rows @ (scaled - weight).T).norm()) < 0.8 * plain_error
     quantize.scale_for_awq(model, statistics, GROUP_SIZE)
     torch.testing.assert_close(logits_of(model, inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_awq_clipping_lowers_the_error_of_every_output():
+    """Against a plain search over the same ranges, group by group."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(shape, generator=generator) for shape in ((24, 64), (100, 64)))
+    weight[::2, ::16] *= 5  # what is worth cutting off
+    clipped = quantize.clip_for_awq(weight, rows, 32)
+    rounded = quantize._round_trip(clipped, 32)
+    for output in range(24):
+        for columns in (slice(0, 32), slice(32, 64)):
+            group, inputs = weight[output, columns], rows[:, columns]
+            errors = []
+            for step in range(quantize.AWQ_CLIP_STEPS):
+                shrunk = 1 - step / (2 * quantize.AWQ_CLIP_STEPS)
+                limited = group.clamp(group.min() * shrunk, group.max() * shrunk)
+                tried = quantize._round_trip(limited[None], 32)[0]
+                errors.append(float((inputs @ (tried - group)).square().sum()))
+            found = float((inputs @ (rounded[output, columns] - group)).square().sum())
+            assert found == pytest.approx(min(errors), rel=1e-3)
+            assert found < errors[0] or min(errors) == errors[0]
+    assert (rounded - weight)[::2].abs().max() > 0.5  # something was cut off
+
+
+def test_awq_clipping_sees_the_inputs_of_the_scaled_model(tiny_checkpoint: Path, inputs: dict):
+    model = load(tiny_checkpoint)
+    statistics = quantize.calibrate(model, [inputs])
+    before = {name: value.rows.clone() for name, value in statistics.items()}
+    scaled = quantize.scale_for_awq(model, statistics, GROUP_SIZE)
+    expected = quantize.calibrate(model, [inputs])
+    for name in statistics:
+        torch.testing.assert_close(scaled[name].rows, expected[name].rows, rtol=1e-3, atol=1e-3)
+        assert torch.equal(statistics[name].rows, before[name])  # the caller's
 
 
 def test_layers_that_do_not_divide_are_refused(tiny_checkpoint: Path):

@@ -37,18 +37,23 @@ ENTRY_FILES = [
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
-    "prompts": "",
-    "image_processing": "",
+    "c_compiler": "",
+    "pictures": "",
+    "prompts": "pictures",
+    "answers": "",
+    "image_processing": "pictures",
     "checkpoint": "configuration_nemotron_vl",
     "radio_model": "configuration_nemotron_vl checkpoint",
     "packed_matmul": "triton_kernels",
+    "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul",
-    "chat": "prompts",
-    "processing_nemotron_vl": "prompts image_processing",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
+    "chat": "prompts pictures answers",
+    "processing_nemotron_vl": "prompts image_processing pictures",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
-        "prompts packed_matmul"  # the latter for transformers 4.57, which copies direct imports alone
+        # The others for transformers 4.57, which copies direct imports alone.
+        "prompts packed_matmul cpu_matmul c_compiler pictures answers"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoProcessor, TextStreamer
 
 from . import ROOT
 from .command_line import command_parser, require_checkpoint
+from .legibility import warning
 from .threads import choose_threads
 
 CODE_FILE = "modeling_nemotron_vl.py"
@@ -137,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     choose_threads(model)
     for path, image in zip(arguments.images, images, strict=True):
         print(f"{path}: {describe(processor, image)}")
+        if note := warning(model, processor, image):
+            print(f"{path}: {note}")
     if arguments.tiles and images:
         draw_tiles(processor.image_processor, images[0]).save(arguments.tiles)
         print(f"Tiles drawn over the image: {arguments.tiles}")

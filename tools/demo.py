@@ -15,6 +15,7 @@ from PIL import Image
 from . import ROOT
 from .chat import Conversation, describe, draw_tiles, load
 from .command_line import command_parser
+from .legibility import warning
 from .threads import choose_threads
 
 RECEIPT = ROOT / "examples" / "receipt.png"
@@ -26,6 +27,8 @@ def run(checkpoint: Path, image: Image.Image, tiles: Path) -> list[str]:
     model, processor = load(checkpoint)
     choose_threads(model)
     print(f"Image:    {describe(processor, image)}")
+    if note := warning(model, processor, image):
+        print(f"Note:     {note}")
     try:
         draw_tiles(processor.image_processor, image).save(tiles)
         print(f"Tiles:    drawn over the image in {tiles}")

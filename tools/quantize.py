@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ NEMOTRON_H_GROUPS = (
     (("mixer.down_proj",), None),  # behind a squared ReLU
 )
 AWQ_STEPS = 20
+AWQ_CLIP_STEPS = 10
+AWQ_UNCLIPPED = ()
 NUM_SAMPLE_ROWS = 512
 
 
@@ -266,8 +268,13 @@ def awq_input_scales(layers: list[nn.Linear], statistics: InputStatistics, group
 @torch.no_grad()
 def scale_for_awq(
     model: nn.Module, statistics: dict[str, InputStatistics], group_size: int, keep: Iterable[str] = ()
-) -> None:
-    """Move magnitude between layers so that AWQ's rounding hurts least; the model computes the same as before."""
+) -> dict[str, InputStatistics]:
+    """Move magnitude between layers so that AWQ's rounding hurts least; the model computes the same as before.
+
+    Returns:
+        the statistics of the scaled model, as far as `clip_for_awq` needs them.
+    """
+    statistics = dict(statistics)
     for block_name, block in progress(blocks_of(model), desc="Scaling", unit="block"):
         for names, source_name in groups_of(block, keep):
             if source_name is None:
@@ -278,12 +285,46 @@ def scale_for_awq(
                 continue  # grouped-query attention: several heads of o_proj share one of v_proj
             group_statistics = statistics[f"{block_name}.{names[0]}"]
             factors = awq_input_scales(layers, group_statistics, group_size)
-            for layer in layers:
+            for name, layer in zip(names, layers, strict=True):
                 layer.weight.copy_(layer.weight * factors)
+                scaled = statistics[f"{block_name}.{name}"]
+                statistics[f"{block_name}.{name}"] = replace(scaled, rows=scaled.rows / factors)
             shape = (-1, 1) if source.weight.dim() == 2 else (-1,)
             source.weight.copy_(source.weight / factors.reshape(shape))
             if getattr(source, "bias", None) is not None:
                 source.bias.copy_(source.bias / factors)
+    return statistics
+
+
+@torch.no_grad()
+def clip_for_awq(weight: torch.Tensor, rows: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Limit each group of weights to the range that, once rounded, gives the least error of its part of the outputs.
+
+    A smaller range makes finer steps and cuts off the largest weights. As in llm-awq and AutoAWQ the range shrinks by at
+    most half.
+
+    Args:
+        weight: `(out_features, in_features)`.
+        rows: inputs of the layer, `(num_rows, in_features)`.
+        group_size: inputs that share a scale.
+
+    Returns:
+        the weight, every group limited to its range.
+    """
+    groups = weight.float().unflatten(1, (-1, group_size)).transpose(0, 1)  # (num_groups, out_features, group_size)
+    inputs = rows.float().unflatten(1, (-1, group_size)).permute(1, 2, 0)  # (num_groups, group_size, num_rows)
+    products = inputs @ inputs.transpose(1, 2)  # the error of an output is a quadratic form in those of its weights
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    best, best_error = groups, torch.full_like(low, float("inf"))
+    for step in range(AWQ_CLIP_STEPS):
+        shrunk = 1 - step / (2 * AWQ_CLIP_STEPS)
+        clipped = groups.clamp(low * shrunk, high * shrunk)
+        scales, zeros = _awq_grid(clipped)
+        difference = (_awq_codes(clipped, scales, zeros) - zeros) * scales - groups
+        error = ((difference @ products) * difference).sum(-1, keepdim=True)
+        best = torch.where(error < best_error, clipped, best)
+        best_error = torch.minimum(error, best_error)
+    return best.transpose(0, 1).flatten(1).to(weight.dtype)
 
 
 # --- the model ---
@@ -329,14 +370,17 @@ def quantize_model(
     keep = frozenset(keep)
     _check_divisible(model, format_name, group_size, keep)
     if format_name == "awq" and statistics:
-        scale_for_awq(model, statistics, group_size, keep)
+        statistics = scale_for_awq(model, statistics, group_size, keep)
     report = Report()
     for block_name, block in progress(blocks_of(model), desc="Quantising", unit="block"):
         for names, _ in groups_of(block, keep):
             amax = torch.stack([block.get_submodule(name).weight.abs().amax() for name in names]).amax()
             for name in names:
                 layer = block.get_submodule(name)
-                tensors = _encode(layer.weight, format_name, amax, group_size)
+                weight = layer.weight
+                if statistics and format_name == "awq" and name not in AWQ_UNCLIPPED:
+                    weight = clip_for_awq(weight, statistics[f"{block_name}.{name}"].rows, group_size)
+                tensors = encode(weight, format_name, amax, group_size)
                 if statistics and format_name != "awq":
                     # The group has one input, hence one scale.
                     divisor = E4M3_MAX * (E2M1_MAX if format_name == "nvfp4" else 1)
@@ -363,7 +407,7 @@ def _check_divisible(model: nn.Module, format_name: str, group_size: int, keep: 
                 )
 
 
-def _encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+def encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
     if format_name == "nvfp4":
         return encode_nvfp4(weight, amax)
     return encode_fp8(weight) if format_name == "fp8" else encode_awq_gemm(weight, group_size)
