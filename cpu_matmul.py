@@ -32,10 +32,10 @@ WEIGHTS_PER_TASK = 2**17  # what a thread takes at a time
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(__AVX2__) && defined(__F16C__) && !defined(PORTABLE)
 #include <immintrin.h>
 #define X86 1
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(PORTABLE)
 #include <arm_neon.h>
 #define ARM 1
 #endif
@@ -142,6 +142,7 @@ INLINE int any_nan(const uint8_t *p) {
     for (int j = 0; j < STEP; j += 16) most = vmaxq_u8(most, vorrq_u8(vld1q_u8(p + j), sign));
     return vmaxvq_u8(most) == 255;
 #else
+    (void)p; /* the table knows NaN */
     return 0;
 #endif
 }
@@ -559,6 +560,11 @@ def _suits(format_name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     if weight.device.type != "cpu" or weight.numel() == 0:
         return False
     return format_name != "W4A16_AWQ" or weight.shape[1] // scales.shape[1] % 8 == 0
+
+
+def runs_on_cpu() -> bool:
+    """Say whether the C code runs here. The first call compiles it, unless the cache has it."""
+    return _library() is not None
 
 
 def has_product(format_name: str, inputs: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -43,6 +43,7 @@ from .pictures import Document as Document
 from .prompts import IMAGE_TOKEN, TOKEN_TYPES, V1_FORMAT, V2_FORMAT, VIDEO_TOKEN
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
+from .torch_int4 import convert as convert
 from .triton_kernels import runs_kernels
 from .video_processing import NemotronVLVideoProcessor as NemotronVLVideoProcessor  # for the same reason
 

@@ -25,7 +25,7 @@ FORMATS = ("NVFP4", "FP8", "W4A16_AWQ", "AWQ GEMM")
 HARDWARE_E4M3 = (8, 9)  # the first compute capability that has an instruction for e4m3
 # Outputs and inputs of a program at once, by the number of rows: as many as fit the registers; in float32 half the inputs.
 NVFP4_TILES = {1: (8, 4096), 2: (8, 2048), 4: (4, 2048)}
-FP8_TILES = {1: (8, 2048), 2: (8, 2048), 4: (4, 2048)}
+FP8_TILES = {1: (4, 4096), 2: (4, 2048), 4: (4, 2048)}
 AWQ_PAIRS = 32  # of outputs
 AWQ_GROUPS = (32, 64, 128)  # inputs that share a scale
 GEMM_INPUTS, GEMM_WORDS = 32, 16  # of a program at once; a word has eight outputs

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from nemotron_vl.answers import LoopCriteria, confidence
+from nemotron_vl.image_processing import count_tiles
 from PIL import Image
 
 from .extraction import INSTRUCTIONS, ExtractionError, PageValues, extract, page_values
@@ -30,6 +31,8 @@ from .inputs import Source
 from .pages import PAGE_PROMPT, Answer, Backend, Outcome, Page, PageImage, PageReader, Row, Task, Wanted, pages_of
 from .schema import Fields
 
+# Of vLLM: without it, a model may fill a whole answer with spaces between values.
+NO_SPACES = {"backend": "xgrammar", "disable_any_whitespace": True}
 MAX_NUM_BLOCKS = 1000  # that Ray cuts the list of documents into
 IMAGE_MARKS = 4  # tokens before and behind the image of a page
 SAMPLE = 2**20  # bytes that are compared at the start and the end of each file of weights
@@ -58,6 +61,13 @@ def describe_backend(backend: Any, config: Any, processor: Any) -> None:
     backend.processor, backend.tiling = processor, processor.image_processor.tiling
     backend.window, backend.tokens_per_tile = config.max_sequence_length, processor.tokens_per_tile
     backend.page_prompt = page_prompt_of(config)
+
+
+def confidence_temperature_of(directory: Path) -> float:
+    """Return the temperature that a checkpoint's confidences were fitted with; 1 changes nothing."""
+    file = directory / "generation_config.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return stored.get("confidence_temperature") or 1.0
 
 
 def load_processor(directory: Path) -> tuple[Any, Any]:
@@ -106,10 +116,12 @@ def room_for_answer(backend: Backend, prompt: str, num_tiles: int, task: Task) -
 
 
 def finished_answer(
-    tokenizer: Any, text: str, num_tokens: int, finish_reason: str, task: Task, probabilities: Any = None
+    backend: Any, text: str, num_tokens: int, finish_reason: str, task: Task, probabilities: Any = None
 ) -> Answer:
     """Return the answer of an engine that knows no loops: the rule is applied to the whole answer, and cuts it."""
-    more = {"confidence": confidence(probabilities)} if probabilities is not None else {}
+    tokenizer, more = backend.processor.tokenizer, {}
+    if probabilities is not None:
+        more["confidence"] = confidence(probabilities, backend.temperature)
     if task.stop_loops and task.schema is None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         loops = LoopCriteria(tokenizer)
@@ -232,7 +244,13 @@ class VLLM:
         config, processor = load_processor(directory)
         self.name = directory.resolve().name
         describe_backend(self, config, processor)
-        options = {"max_model_len": config.max_sequence_length, "limit_mm_per_prompt": {"image": 1}, **options}
+        self.temperature = confidence_temperature_of(Path(directory))
+        options = {
+            "max_model_len": config.max_sequence_length,
+            "limit_mm_per_prompt": {"image": 1},
+            "structured_outputs_config": NO_SPACES,
+            **options,
+        }
         self._llm = LLM(str(directory), trust_remote_code=True, **options)
 
     def answer(self, images: list[PageImage], prompt: str | None, task: Task) -> list[Answer]:
@@ -265,9 +283,7 @@ class VLLM:
         if task.confidence:
             chosen = zip(output.token_ids, output.logprobs, strict=True)
             probabilities = [math.exp(logprobs[token].logprob) for token, logprobs in chosen]
-        return finished_answer(
-            self.processor.tokenizer, output.text, num_tokens, output.finish_reason, task, probabilities
-        )
+        return finished_answer(self, output.text, num_tokens, output.finish_reason, task, probabilities)
 
 
 class ChatServer:
@@ -289,6 +305,7 @@ class ChatServer:
             raise ImportError(f"Reading by a server needs a package: pip install openai. {error}") from error
         config, processor = load_processor(Path(directory))
         describe_backend(self, config, processor)
+        self.temperature = confidence_temperature_of(Path(directory))
         key = os.environ.get("OPENAI_API_KEY", "none")
         self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=5, timeout=3600)
         try:
@@ -315,7 +332,7 @@ class ChatServer:
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
         if task.confidence:
             options["logprobs"] = True
-        if page.max_num_tiles != self.tiling.max_num_tiles:
+        if count_tiles(page.image.height, page.image.width, self.tiling) != page.num_tiles:
             more["mm_processor_kwargs" if self.is_vllm else "chat_template_kwargs"] = {
                 "max_num_tiles": page.max_num_tiles
             }
@@ -337,7 +354,7 @@ class ChatServer:
         probabilities = None
         if task.confidence:
             probabilities = [math.exp(token.logprob) for token in choice.logprobs.content]
-        return finished_answer(self.processor.tokenizer, text, num_tokens, choice.finish_reason, task, probabilities)
+        return finished_answer(self, text, num_tokens, choice.finish_reason, task, probabilities)
 
 
 # --- what brings pages to them ---

@@ -39,6 +39,7 @@ ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
     "c_compiler": "",
+    "torch_int4": "",
     "pictures": "",
     "prompts": "pictures",
     "answers": "",
@@ -48,14 +49,14 @@ ARROWS = {
     "packed_matmul": "triton_kernels",
     "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul torch_int4",
     "video_processing": "image_processing pictures",
     "chat": "prompts pictures answers video_processing",
     "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
         # The others for transformers 4.57, which copies direct imports alone.
-        "prompts image_processing packed_matmul cpu_matmul c_compiler pictures answers video_processing"
+        "prompts image_processing packed_matmul cpu_matmul c_compiler torch_int4 pictures answers video_processing"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}

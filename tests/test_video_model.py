@@ -317,6 +317,18 @@ def test_the_call_of_lmms_eval_gets_the_default_frames(v2_processor):
     assert batch["pixel_values_videos"].shape[:2] == (4, 3)
 
 
+def test_a_checkpoint_may_name_its_number_of_frames(tmp_path):
+    image_processor = NemotronVLImageProcessor(
+        image_size=TINY_SIZES["force_image_size"], num_frames=3, max_frame_pixels=10**6, **V2_RECIPE
+    )
+    NemotronVLV2Processor(image_processor, make_v2_tokenizer()).save_pretrained(tmp_path)
+    own = NemotronVLV2Processor.from_pretrained(tmp_path)
+    assert own.video_processor.max_frame_pixels == 10**6
+    path = str(FILMS / "constant.mp4")
+    assert own(text="<video>", videos=path)["num_video_frames"] == [3]
+    assert own(text="<video>", videos=path, fps=1)["num_video_frames"] == [2]  # a call's wish comes first
+
+
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
