@@ -15,6 +15,7 @@ from documents.questions import Conversation, Turn
 from documents.typesetting import Look, draw, set_page
 from pretraining import pictures, reading, tower
 from pretraining.batches import IGNORE_INDEX
+from pretraining.cells import Cells
 from pretraining.nano import build_model, load_tokenizer
 from pretraining.reading import CellEncoder, CellLanguageModel, new_tokenizer, set_lesson, start_from_nano
 from pretraining.tower import (
@@ -98,8 +99,13 @@ def test_gaps_in_the_positions_hide_nothing(encoder):
 def test_nanos_language_model_reads_one_character_a_token(encoder):
     model = CellLanguageModel(len(encoder.tokenizer)).eval()
     start_from_nano(model, encoder.tokenizer)
-    lessons = [lesson_of(f"ka {i}71", f"lo {i}35", question="What is the lo?", answer=f"{i}35") for i in range(9)]
-    assert reading.measure(model, encoder, lessons, skip_blank=False)["tokens"] > 0.4  # by chance about 0.1
+    lessons = []
+    for i in range(9):
+        lesson = lesson_of("", question="What is the lo?", answer=f"{i}35")
+        printed = {row: f"{label} {i}{value} " for row, label, value in ((3, "ka", 71), (5, "lo", 35))}
+        glyphs = {16 * row + at: [(char, 0.5, 0.5)] for row, text in printed.items() for at, char in enumerate(text)}
+        lessons.append(lesson._replace(cells=[Cells((1, 1), glyphs, 30.0, 1)]))
+    assert reading.measure(model, encoder, lessons, skip_blank=False)["tokens"] > 0.6  # by chance about 0.1
 
 
 def test_new_words_of_questions_are_whole_and_names_of_fields_spelled(encoder):
@@ -132,7 +138,8 @@ def test_gathering_neighbours_is_what_attention_does(looking_tower, encoder):
         looking_tower.looks_at_neighbours = True
         fast = looking_tower(pixels, rows)[2]
         looking_tower.looks_at_neighbours = False
-    assert torch.nn.functional.cosine_similarity(slow.flatten(2), fast.flatten(2), dim=-1).mean() > 0.97
+    alike = torch.nn.functional.cosine_similarity(slow.flatten(2), fast.flatten(2), dim=-1).unflatten(1, (8, PATCHES))
+    assert alike[:, 3:-3, 3:-3].mean() > 0.97  # at the edges heads that look outside see something else
 
 
 def test_anchored_weights_are_restored_and_others_learn(looking_tower):
