@@ -106,7 +106,7 @@ def transformers_model(folder: Path, arguments: argparse.Namespace) -> Any:
     if arguments.upscale is not None:
         model.processor.image_processor.upscale = arguments.upscale
     if arguments.num_frames is not None:
-        model.processor.video_processor.num_frames = arguments.num_frames
+        model.processor.image_processor.num_frames = arguments.num_frames  # films have its options
     return model
 
 
