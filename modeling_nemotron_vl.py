@@ -636,6 +636,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             return tensor
         return _move(tensor, self.get_input_embeddings().weight.device)
 
+    def _count_visual(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Count the image tokens of ids and, for a model that has them, the video tokens, on their device."""
+        if input_ids is None:
+            return None
+        video_token_id = getattr(self.config, "video_context_token_id", None)
+        token_ids = [self._image_token_id(), *([] if video_token_id is None else [video_token_id])]
+        return torch.stack([(input_ids == token_id).sum() for token_id in token_ids])
+
     def _count_images(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Count the image tokens of ids, on their device."""
         return None if input_ids is None else (input_ids == self._image_token_id()).sum()
@@ -852,9 +860,12 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             projected = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
             visual = visual._replace(mm_encoder_outputs={**visual.mm_encoder_outputs, "image": projected})
         elif pixel_values is not None:
-            num_patches, num_placeholders, extremes = _read_numbers(
-                num_patches, None if embeds_alone else self._count_images(given_ids), _extremes(pixel_values)
+            num_patches, counts, extremes = _read_numbers(
+                num_patches, None if embeds_alone else self._count_visual(given_ids), _extremes(pixel_values)
             )
+            num_placeholders = None if counts is None else counts[0]
+            if counts is not None and pixel_values_videos is None and visual.mm_encoder_outputs.get("video") is None:
+                _check_counts(sum(counts[1:]), 0, "video")
             _check_pixel_range("pixel_values", extremes, *self._pixel_limits())
             visual = visual._replace(num_patches=num_patches)
         outputs = self._encode_media(visual, plan)
@@ -1172,7 +1183,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             )
         features = [own for own in (image_features, video_features) if own is not None]
         if inputs_embeds is None:
-            self._check_absent(input_ids[:, num_cached:], image_features, video_features)
+            if num_placeholders is None:  # otherwise both kinds of tokens have been counted
+                self._check_absent(input_ids[:, num_cached:], image_features, video_features)
             if not features:
                 return None
             inputs_embeds = self.get_input_embeddings()(input_ids)

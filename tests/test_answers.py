@@ -234,7 +234,7 @@ def test_reasoning_does_not_count_for_the_confidence(processor):
 
     tokenizer = processor.tokenizer
     thought, rest = (ids_of(tokenizer, text) for text in ("Hm.</think>", "42"))
-    prompt = ChatPrompt([], [], QUESTION, [], "<think>\n")
+    prompt = ChatPrompt([], [], [], QUESTION, [], "<think>\n")
     options = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     chances = [0.1] * len(thought) + [0.5] * len(rest)
     answer = _finished_answer(tokenizer, prompt, thought + rest, chances, None, options=options, limit=99)
