@@ -43,7 +43,10 @@ def looking_tower(encoder) -> GlyphTower:
     """A new tower whose heads look at neighbours."""
     torch.manual_seed(0)
     made = GlyphTower(build_model(encoder.tokenizer, 0, TOWER))
-    look_at_neighbours(made, torch.randn(2000, 768))
+    pixels = Strips(2, 8, 0.5, encoder).batch(16, 99, Look())[0]
+    conditioned = made.vision_model.radio_model
+    patches = conditioned.model.patch_generator.patchify(conditioned.input_conditioner(pixels)).flatten(0, 1)
+    look_at_neighbours(made, patches[patches.std(-1) > 0.2])
     return made
 
 
@@ -107,7 +110,8 @@ def test_new_words_of_questions_are_whole_and_names_of_fields_spelled(encoder):
 
 def test_each_head_of_a_new_tower_looks_at_one_neighbour(looking_tower):
     model = looking_tower.vision_model.radio_model.model
-    hidden = 0.3 * torch.randn(1, 64 * PATCHES // 4, 192)
+    hidden = torch.randn(1, 64 * PATCHES // 4, 192)
+    hidden[0, ::3] *= 0.01  # patches of an even grey: normalisation makes their keys long
     hidden[..., -24:] = 0
     rows = torch.arange(16)
     hidden = hidden + model.patch_generator.pos_embed.view(PATCHES, PATCHES, -1)[rows].flatten(0, 1)
@@ -122,7 +126,7 @@ def test_each_head_of_a_new_tower_looks_at_one_neighbour(looking_tower):
 
 
 def test_gathering_neighbours_is_what_attention_does(looking_tower, encoder):
-    pixels, _, _, rows, _ = Strips(2, 8, 0.5, encoder).batch(2, 10, Look())
+    pixels, _, _, rows, _ = Strips(2, 8, 0.5, encoder).batch(2, 10, Look(photographed=1.0))
     with torch.no_grad():
         slow = looking_tower(pixels, rows)[2]
         looking_tower.looks_at_neighbours = True

@@ -153,6 +153,8 @@ def test_the_demo_answers_where_it_cannot_write(tmp_path, capsys):
 class Slow:
     """Answers each question but one, in whose answer the user presses Ctrl-C."""
 
+    config = None  # names no limits of what the model reads
+
     def __init__(self):
         self.turns = []
 
