@@ -11,6 +11,7 @@ Without a C compiler (`c_compiler`) plain torch computes the same.
 import ctypes
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -625,8 +626,12 @@ def _multiply(
     return outputs.to(rows.dtype)
 
 
+# transformers runs a copy of this file of its own; an operator of the same name would replace this one.
+OPERATOR = "nemotron_vl::multiply_packed_on_cpu_" + re.sub(r"\W", "_", __name__)
+
+
 # torch.compile sees one operator with a known shape. Plain calls avoid its overhead.
-_multiply_as_operator = torch.library.custom_op("nemotron_vl::multiply_packed_on_cpu", _multiply, mutates_args=())
+_multiply_as_operator = torch.library.custom_op(OPERATOR, _multiply, mutates_args=())
 
 
 @_multiply_as_operator.register_fake

@@ -9,6 +9,7 @@ change and no shapes, as CUDA graphs need it. Everything but such a step uses tr
 """
 
 import contextlib
+import re
 import threading
 import weakref
 from collections.abc import Iterator
@@ -137,9 +138,13 @@ def _launch(
     return outputs
 
 
+# transformers runs a copy of this file of its own; an operator of the same name would replace this one.
+OPERATOR = "nemotron_vl::decode_attention_" + re.sub(r"\W", "_", __name__)
+
+
 if triton is not None:
     # torch.compile sees one operator with a known shape, not the Triton code. Plain calls avoid its overhead.
-    _launch_as_operator = torch.library.custom_op("nemotron_vl::decode_attention", _launch, mutates_args=())
+    _launch_as_operator = torch.library.custom_op(OPERATOR, _launch, mutates_args=())
 
     @_launch_as_operator.register_fake
     def _(

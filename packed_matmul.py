@@ -9,6 +9,8 @@ order of summation, and because the unpacked layer rounds every weight to the dt
 Where Triton does not run (`triton_kernels`), or with many rows, the weight is unpacked for the matmul.
 """
 
+import re
+
 import torch
 
 from .triton_kernels import capability, runs_kernels
@@ -522,9 +524,13 @@ def _stored_tensors(format_name: str, tensors: dict[str, torch.Tensor]) -> list[
     return [weight.view(torch.int32), scale.view(torch.uint8), tensors["weight_scale_2"]]
 
 
+# transformers runs a copy of this file of its own; an operator of the same name would replace this one.
+OPERATOR = "nemotron_vl::multiply_packed_" + re.sub(r"\W", "_", __name__)
+
+
 if triton is not None:
     # torch.compile sees one operator with a known shape, not the Triton code. Plain calls avoid its overhead.
-    _launch_as_operator = torch.library.custom_op("nemotron_vl::multiply_packed", _launch, mutates_args=())
+    _launch_as_operator = torch.library.custom_op(OPERATOR, _launch, mutates_args=())
 
     @_launch_as_operator.register_fake
     def _(format_name: str, rows: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
