@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 IS_PYTHON_NEW = import sys; sys.exit(sys.version_info < (3, 11) and "This needs Python 3.11 or later, and $(PYTHON) \
 	is %d.%d. Name a later one: make PYTHON=python3.12" % sys.version_info[:2])
 
-.PHONY: demo test test-4.57 test-all check style bench fuzz eval-nano clean
+.PHONY: demo test test-4.57 test-all check style bench gpu-day fuzz eval-nano clean
 
 # pip shows what it downloads: torch alone takes minutes. The clone itself becomes the package nemotron_vl.
 $(VENV)/.run: requirements.txt pyproject.toml
@@ -62,6 +62,12 @@ style: $(VENV)/.dev  ## rewrite the files the way `check` wants them
 
 bench: $(VENV)/.dev  ## measure what fits this machine, into benchmarks/results/
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.run
+
+gpu-day: $(VENV)/.dev  ## measure what needs a GPU, into docs/performance.md; three calls of at most ten minutes
+	-$(PY) -m benchmarks.gpu_day --call 1
+	-$(PY) -m benchmarks.gpu_day --call 2
+	-$(PY) -m benchmarks.gpu_day --call 3
+	$(PY) -m benchmarks.gpu_day --render
 
 clean:
 	rm -rf $(VENV) $(OLD) .pytest_cache .ruff_cache .hypothesis .build build *.egg-info

@@ -80,7 +80,7 @@ class TokenProbabilities(LogitsProcessor):
 
 
 class LoopCriteria(StoppingCriteria):
-    """Ends the answers that have run into a loop, each row of a batch for itself.
+    """Ends the answers that have run into a loop, each row of a batch for itself. Not for beams or drafts.
 
     The rule looks at the exact cycle at the end of an answer: the shortest stretch of tokens that, repeated, makes up
     the end. From its fourth repetition on, a cycle is a loop

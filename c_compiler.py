@@ -66,14 +66,14 @@ def cache_folder() -> Path:
 
     It is nemotron_vl in `$XDG_CACHE_HOME` or ~/.cache, or a new temporary folder if that one cannot be had.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron_vl"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemotron_vl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         private = os.name == "nt" or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
         if private and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
     return Path(tempfile.mkdtemp(prefix="nemotron_vl_"))
 

@@ -1,6 +1,6 @@
 """Conversations with a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
 
-`ChatMixin` turns questions, history and tiles into prompts, and calls the model's `generate` for the answers. Each
+`ChatMixin` turns questions, history, tiles and videos into prompts, and calls the model's `generate` for the answers. Each
 call gets everything that the conversation needs; nothing is stored on the model.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
@@ -26,16 +26,23 @@ from .prompts import (
     THINK_END,
     THINK_START,
     V1_FORMAT,
+    VIDEO_TOKEN,
     ControlTokenGuard,
     PromptFormat,
     PromptPieces,
+    PromptRuns,
     encode_prompt,
     image_run,
     image_token_id_of,
-    leading_images,
+    layout_of,
+    leading_placeholders,
+    order_of_placeholders,
     render_messages,
     split_reasoning,
+    video_run,
+    without_headers,
 )
+from .video_processing import VIDEO_OPTIONS, NemotronVLVideoProcessor, VideoInfo, group_videos
 
 logger = logging.get_logger(__name__)
 
@@ -130,14 +137,16 @@ class ChatPrompt:
 
     Args:
         input_ids: ids of the whole prompt.
-        tiles: indices of the tiles that the prompt uses, in prompt order.
+        tiles: indices of the tiles that the prompt uses, in prompt order. Frames of videos count on behind the tiles.
+        videos: indices of the videos that the prompt uses, in prompt order.
         question: the question as it goes into the history, with its placeholders.
         history: earlier `(question, answer)` pairs that are part of the prompt.
-        text: the rendered prompt, one `<image>` per image.
+        text: the rendered prompt, one `<image>` per image and one `<video>` per video.
     """
 
     input_ids: list[int]
     tiles: list[int]
+    videos: list[int]
     question: str
     history: list[tuple[str, str]]
     text: str
@@ -154,12 +163,35 @@ class ChatPrompt:
         return [*self.history, (self.question, answer)]
 
 
+class ChatVideos(NamedTuple):
+    """The videos of a call of `chat()`.
+
+    Attributes:
+        frames: `(num_frames, 3, height, width)`, the frames of all videos; None without videos.
+        infos: what is known about each video.
+        groups: how many videos belong to each question; None if the caller did not say.
+    """
+
+    frames: torch.Tensor | None
+    infos: list[VideoInfo]
+    groups: list[int] | None
+
+    def chosen(self, videos: list[int]) -> dict[str, Any]:
+        """Return the arguments of `generate` for some of the videos."""
+        frames = self.frames.split([len(info.frames_indices) for info in self.infos])
+        if videos == list(range(len(self.infos))):
+            pixel_values = self.frames  # not copied
+        else:
+            pixel_values = torch.cat([frames[video] for video in videos])
+        return {"pixel_values_videos": pixel_values, "num_video_frames": [len(frames[video]) for video in videos]}
+
+
 class ChatMixin:
     """`chat`, `chat_stream` and `chat_cache` for a model.
 
     The model has to provide what every generating model of transformers has (`generate`, `config`,
     `get_input_embeddings`, ...). It also needs `_check_images(pixel_values, visual_features)`, which raises an error
-    for tensors of a wrong shape, and `prompt_format`.
+    for tensors of a wrong shape, `_frame_recipe()`, the options that its frames need, and `prompt_format`.
     """
 
     prompt_format: PromptFormat
@@ -192,12 +224,18 @@ class ChatMixin:
         return_confidence: bool = False,
         return_dict: bool = False,
         stop_loops: bool | int = False,
+        video: Any = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        video_layout: str | None = None,
+        video_pruning_rate: float | None = None,
+        **video_options: Any,
     ) -> Any:
-        """Answer a question, or a batch of them, about images or text.
+        """Answer a question, or a batch of them, about images, videos or text.
 
         Each `<image>` in the question and in the questions of the history marks the place of one image, in order. If
-        a first question has none, one `<image>` per image is put in front of it. All other control tokens in the
-        texts are plain text. Nothing is stored on the model, and the caller's objects are not changed.
+        a first question has none, one `<image>` per image is put in front of it. In a call with `video` the same holds
+        for `<video>`. All other control tokens in the texts are plain text. Nothing is stored on the model, and the caller's objects are not changed.
 
         Args:
             tokenizer: the checkpoint's tokenizer, or its processor.
@@ -234,20 +272,30 @@ class ChatMixin:
                 without it). Reasoning does not count. Not with beams or drafts.
             return_dict: return an `Answer`, which also holds the ids of the tokens and why the answer ended.
             stop_loops: end an answer that repeats itself; see `LoopCriteria` for the rule. A number is the number of
-                equal rows that are no loop, True means 200. Not with beams.
+                equal rows that are no loop, True means 200. Not with beams or drafts.
+            video: a video or a list of videos (see `group_videos` and `read_video`), those of the history first; for a
+                batch one for each question, or one list for each.
+            num_frames, fps: frames taken of each video, in all or for each second of it; `NemotronVLVideoProcessor`
+                says how many without both.
+            video_layout: "one" or "frames", for the 8B V1; see `V1_LAYOUTS`.
+            video_pruning_rate: for the 12B V2, see `generate`.
+            video_options: further options of videos: `max_frames`, `video_metadata`, `do_sample_frames`, ...; see
+                `NemotronVLVideoProcessor`.
 
         Returns:
             the answer; with `return_history` `(answer, history)`, with `return_confidence` `(answer, confidence)`, with
             both `(answer, history, confidence)`; for a batch lists of them. With `return_dict` one `Answer`, or a list.
 
         Raises:
-            ValueError: if placeholders and images differ in number, pixels lie outside 0..1, or the prompt does not
-                fit the context; the message holds the numbers and the remedy.
+            ValueError: if placeholders and images or videos differ in number, pixels lie outside 0..1, a video cannot
+                be used, or the prompt does not fit the context; the message holds the numbers and the remedy.
+            TypeError: for an unknown argument.
         """
         _check_image_tokens(IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN)
         if truncation not in (None, "oldest_turns"):
             raise ValueError(f"truncation must be None or 'oldest_turns', got {truncation!r}.")
         processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
+        videos = self._read_videos(processor, video, {"num_frames": num_frames, "fps": fps, **video_options})
         options, extra_options = self._generation_options(tokenizer, generation_config)
         write_prompts = partial(
             build_chat_prompts,
@@ -260,8 +308,12 @@ class ChatMixin:
             system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             prompt_format=self.prompt_format,
             enable_thinking=enable_thinking,
+            videos=videos.infos,
+            video_groups=videos.groups,
+            video_layout=video_layout,
         )
-        if document is not None:
+        wishes = (document, pages, password, max_num_tiles)
+        if any(value is not None for value in wishes):
             given = (pixel_values, visual_features, num_patches, num_patches_list)
             if any(value is not None for value in given) or not isinstance(question, str):
                 raise ValueError(
@@ -272,12 +324,12 @@ class ChatMixin:
             drops_turns = truncation is not None and max_num_tiles != "fit"  # to make room for the pages
             features = _cut_pages(processor, images, max_num_tiles, None if drops_turns else room, write_prompts)
             pixel_values, num_patches = features["pixel_values"], features["num_patches"]
-        elif (pages, password, max_num_tiles) != (None, None, None):
-            raise ValueError("pages, password and max_num_tiles are options of document=, which was not given.")
         if past_key_values is not None:
             _check_chat_cache(past_key_values, question, options)
             extra_options["past_key_values"] = past_key_values
         _check_one_path(options, extra_options, return_confidence=return_confidence, stop_loops=stop_loops)
+        if video_pruning_rate is not None:
+            extra_options["video_pruning_rate"] = video_pruning_rate
         tiles = visual_features if visual_features is not None else pixel_values
         if tiles is not None:
             self._check_images(pixel_values, visual_features)
@@ -289,21 +341,42 @@ class ChatMixin:
         )
         if verbose:
             logger.warning("\n".join(prompt.text for prompt in prompts))
+        if videos.infos and self.prompt_format.video_filler == IMAGE_TOKEN:
+            if visual_features is not None:
+                raise ValueError("A video cannot stand beside visual_features. Pass pixel_values, or no video.")
+            # To the 8B V1 a frame is a tile, so that a chat cache keeps frames as well.
+            tiles = videos.frames if tiles is None else torch.cat([tiles, videos.frames.to(tiles)])
+        elif videos.infos:
+            extra_options |= videos.chosen([video for prompt in prompts for video in prompt.videos])
         if tiles is not None:
             tiles = tiles[[tile for prompt in prompts for tile in prompt.tiles]]
         name = "pixel_values" if visual_features is None else "visual_features"
         answers = self._answer(
             tokenizer, prompts, options, extra_options, streamer, tiles, name, return_confidence, stop_loops
         )
-        if return_dict:
-            return answers[0] if isinstance(question, str) else answers
-        columns: list[list[Any]] = [[answer.text for answer in answers]]
-        if return_history:
-            columns.append([answer.history for answer in answers])
-        if return_confidence:
-            columns.append([answer.confidence for answer in answers])
-        found = tuple(column[0] for column in columns) if isinstance(question, str) else tuple(columns)
-        return found if len(found) > 1 else found[0]
+        return _packed(answers, isinstance(question, str), return_dict, return_history, return_confidence)
+
+    def _read_videos(self, processor: Any, video: Any, options: dict[str, Any]) -> "ChatVideos":
+        """Read the frames of a call's videos, with the options of the processor, if the caller gave one.
+
+        Raises:
+            TypeError: for an unknown option.
+            ValueError: for options without a video.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        unknown = sorted(given.keys() - {*VIDEO_OPTIONS, "input_data_format", "upscale"})
+        if unknown:
+            raise TypeError(f"chat() has no arguments {unknown}. Options of videos are {', '.join(VIDEO_OPTIONS)}.")
+        videos, groups = group_videos(video)
+        if not videos:
+            if given:
+                raise ValueError(f"{', '.join(sorted(given))} is an option of videos, but video= was not given.")
+            return ChatVideos(None, [], None)
+        video_processor = getattr(processor, "video_processor", None)
+        if video_processor is None:
+            video_processor = NemotronVLVideoProcessor(image_size=self.config.force_image_size, **self._frame_recipe())
+        batch = video_processor(videos, **{**given, "return_metadata": True})
+        return ChatVideos(batch["pixel_values_videos"], batch["video_metadata"], groups)
 
     def _generation_options(
         self, tokenizer: Any, generation_config: Mapping[str, Any] | GenerationConfig | None
@@ -492,12 +565,16 @@ def build_chat_prompts(
     max_length: int | None = None,
     prompt_format: PromptFormat = V1_FORMAT,
     enable_thinking: bool | None = None,
+    videos: Sequence[VideoInfo] = (),
+    video_groups: list[int] | None = None,
+    video_layout: str | None = None,
 ) -> list[ChatPrompt]:
     """Turn the arguments of `chat()` into one prompt per question.
 
     Args:
         tokenizer: with a chat template and the image tokens.
-        question: one question or a batch; `<image>` marks the place of an image.
+        question: one question or a batch; `<image>` marks the place of an image, and `<video>` that of a video, if
+            there are videos.
         history: `(question, answer)` pairs, for a batch one list per question.
         num_tiles: tiles given, over all images.
         num_patches: tiles per image, flat or one list per question; None: all tiles are one image.
@@ -505,12 +582,15 @@ def build_chat_prompts(
         image_token_id: id of `<image>`.
         image_tag_type: see `image_run`.
         system_prompt: text of a system block.
-        max_length: drop the oldest turns, with their images, from prompts longer than this; None keeps all.
+        max_length: drop the oldest turns, with their images and videos, from prompts longer than this; None keeps all.
         prompt_format: says how placeholders are written that are put in front of a question.
         enable_thinking: variable of the chat template; None leaves the choice to the texts and the template.
+        videos: all videos in order.
+        video_groups: how many videos belong to each question; None leaves it to the placeholders.
+        video_layout: the name of one of the format's layouts; None is the default.
 
     Raises:
-        ValueError: if images, placeholders and tiles do not add up; the message holds the numbers.
+        ValueError: if images, videos, placeholders and tiles do not add up; the message holds the numbers.
         TypeError: if question or history have another form.
     """
     questions = [question] if isinstance(question, str) else question
@@ -521,85 +601,126 @@ def build_chat_prompts(
         raise ValueError(f"{len(questions)} questions need as many histories, got {len(histories)}.")
     turns = [_check_history(pairs) for pairs in histories]
     tiles_per_image = _tiles_per_image(num_patches, num_tiles, questions, turns)
+    videos_per_question = _videos_per_question(video_groups, len(videos), questions, turns)
+    layout = layout_of(prompt_format, video_layout)
     write = partial(
         _write_prompt,
         tokenizer,
         system_prompt=system_prompt,
-        tokens_per_tile=tokens_per_tile,
         image_token_id=image_token_id,
-        image_tag_type=image_tag_type,
         enable_thinking=enable_thinking,
+        video_header=layout.header,
+        placeholders=(IMAGE_TOKEN, VIDEO_TOKEN) if videos else (IMAGE_TOKEN,),
     )
-    prompts, first_tile = [], 0
-    for text, pairs, tile_counts in zip(questions, turns, tiles_per_image, strict=True):
+    frames_are_tiles = prompt_format.video_filler == IMAGE_TOKEN
+    prompts, first_tile, first_video, first_frame = [], 0, 0, num_tiles
+    for text, pairs, tile_counts, num_videos in zip(
+        questions, turns, tiles_per_image, videos_per_question, strict=True
+    ):
         text = str.__str__(text)  # as in ControlTokenGuard.protect
-        if not pairs and IMAGE_TOKEN not in text:
-            text = leading_images(len(tile_counts), prompt_format) + text
-        images = []
+        if not pairs:
+            given = {IMAGE_TOKEN: len(tile_counts), VIDEO_TOKEN: num_videos}
+            missing = [token for token, number in given.items() if token not in text for _ in range(number)]
+            text = leading_placeholders(missing, prompt_format) + text
+        media: dict[str, list[_Medium]] = {IMAGE_TOKEN: [], VIDEO_TOKEN: []}
         for count in tile_counts:
-            images.append(range(first_tile, first_tile + count))
+            tiles = range(first_tile, first_tile + count)
+            media[IMAGE_TOKEN].append(_Medium(image_run(count, tokens_per_tile, image_tag_type), tiles))
             first_tile += count
-        prompt = write(text, pairs, images)
+        for number in range(first_video, first_video + num_videos):
+            num_frames = len(videos[number].frames_indices)
+            run = video_run([tokens_per_tile] * num_frames, videos[number].times, layout, prompt_format.video_filler)
+            frames = range(first_frame, first_frame + num_frames) if frames_are_tiles else range(0)
+            media[VIDEO_TOKEN].append(_Medium(run, frames, number))
+            first_frame += num_frames
+        first_video += num_videos
+        prompt = write(text, pairs, media)
         if max_length is not None and len(prompt.input_ids) > max_length and pairs:
-            prompt = _drop_oldest_turns(prompt, images, max_length, write)
+            prompt = _drop_oldest_turns(prompt, media, max_length, write)
         prompts.append(prompt)
     return prompts
+
+
+class _Medium(NamedTuple):
+    """An image or video of a prompt: how it is written, its tiles, and the number of a video."""
+
+    run: PromptPieces
+    tiles: range
+    video: int | None = None
 
 
 def _write_prompt(
     tokenizer: Any,
     question: str,
     pairs: list[tuple[str, str]],
-    images: list[range],
+    media: dict[str, list[_Medium]],
     *,
     system_prompt: str | None,
-    tokens_per_tile: int,
     image_token_id: int,
-    image_tag_type: str,
     enable_thinking: bool | None,
+    video_header: str,
+    placeholders: Sequence[str],
 ) -> ChatPrompt:
-    """Write the prompt for a question with its history; `images` holds the indices of each image's tiles."""
-    runs = [image_run(len(tiles), tokens_per_tile, image_tag_type) for tiles in images]
+    """Write the prompt for a question with its history; `media` holds its images and videos by their placeholders."""
     messages = _chat_messages(question, pairs, system_prompt)
-    ids, rendered = _encode_chat(tokenizer, messages, runs, image_token_id, enable_thinking)
-    return ChatPrompt(ids, [tile for tiles in images for tile in tiles], question, pairs, rendered)
+    runs = {token: [medium.run for medium in own] for token, own in media.items()}
+    ids, rendered, order = _encode_chat(
+        tokenizer, messages, runs, image_token_id, enable_thinking, video_header, placeholders
+    )
+    left = {token: iter(own) for token, own in media.items()}
+    shown = [next(left[token]) for token in order]
+    return ChatPrompt(
+        ids,
+        [tile for medium in shown for tile in medium.tiles],
+        [medium.video for medium in shown if medium.video is not None],
+        question,
+        pairs,
+        rendered,
+    )
 
 
 def _drop_oldest_turns(
-    prompt: ChatPrompt, images: list[range], max_length: int, write: Callable[..., ChatPrompt]
+    prompt: ChatPrompt, media: dict[str, list[_Medium]], max_length: int, write: Callable[..., ChatPrompt]
 ) -> ChatPrompt:
-    """Write a prompt without its oldest turns and their images, as many as needed to make it fit."""
+    """Write a prompt without its oldest turns and their images and videos, as many as needed to make it fit."""
     pairs = prompt.history
 
     def without(num_turns: int) -> ChatPrompt:
-        return write(prompt.question, pairs[num_turns:], images[_num_placeholders(pairs[:num_turns]) :])
+        left = {token: own[_num_placeholders(pairs[:num_turns], token) :] for token, own in media.items()}
+        return write(prompt.question, pairs[num_turns:], left)
 
     # A bisection, so that a history of thousands of turns is not encoded once for each turn.
     num_dropped = 1 + bisect.bisect_left(
         range(1, len(pairs)), True, key=lambda number: len(without(number).input_ids) <= max_length
     )
     dropped = pairs[:num_dropped]
+    num_videos = _num_placeholders(dropped, VIDEO_TOKEN) if media[VIDEO_TOKEN] else 0
     logger.warning(
         f"The prompt has {len(prompt.input_ids)} tokens, the context leaves {max_length}: the {num_dropped} "
-        f"oldest of {len(pairs)} turns are dropped, with their {_num_placeholders(dropped)} images, from "
-        f"{dropped[0][0][:60]!r} to {dropped[-1][0][:60]!r}."
+        f"oldest of {len(pairs)} turns are dropped, with their {_num_placeholders(dropped)} images"
+        f"{f' and {num_videos} videos' if num_videos else ''}, from {dropped[0][0][:60]!r} to {dropped[-1][0][:60]!r}."
     )
     return without(num_dropped)
 
 
-def _num_placeholders(pairs: list[tuple[str, str]]) -> int:
-    """Count the images of earlier turns; only questions have any."""
-    return sum(question.count(IMAGE_TOKEN) for question, _ in pairs)
+def _num_placeholders(pairs: list[tuple[str, str]], token: str = IMAGE_TOKEN) -> int:
+    """Count the images or videos of earlier turns; only questions have any."""
+    return sum(question.count(token) for question, _ in pairs)
 
 
 def _encode_chat(
     tokenizer: Any,
     messages: list[dict[str, str]],
-    runs: list[PromptPieces],
+    runs: PromptRuns,
     image_token_id: int,
     enable_thinking: bool | None,
-) -> tuple[list[int], str]:
-    """Return the ids of the messages and the rendered text; `<image>` is a placeholder in user messages alone."""
+    video_header: str = "",
+    placeholders: Sequence[str] = (IMAGE_TOKEN,),
+) -> tuple[list[int], str, list[str]]:
+    """Return the ids of the messages, the rendered text and the order of its placeholders.
+
+    Only user messages have placeholders.
+    """
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     if options and "enable_thinking" not in tokenizer.get_chat_template():
         raise ValueError(
@@ -608,13 +729,15 @@ def _encode_chat(
         )
     guard = ControlTokenGuard(tokenizer, messages)
     safe = [
-        {**message, "content": guard.protect(message["content"], message["role"] == "user")} for message in messages
+        {**message, "content": guard.protect(message["content"], placeholders if message["role"] == "user" else ())}
+        for message in messages
     ]
     rendered = render_messages(
         tokenizer.apply_chat_template, safe, tokenize=False, add_generation_prompt=True, **options
     )
+    runs = without_headers(rendered, runs, video_header)
     ids = encode_prompt(tokenizer, rendered, runs, image_token_id, guard.marker).input_ids
-    return ids, rendered.replace(guard.marker, "")
+    return ids, rendered.replace(guard.marker, ""), order_of_placeholders(rendered)
 
 
 def _chat_messages(question: str, pairs: list[tuple[str, str]], system_prompt: str | None) -> list[dict[str, str]]:
@@ -667,6 +790,37 @@ def _tiles_per_image(
             "returned them."
         )
     return shared
+
+
+def _videos_per_question(
+    groups: list[int] | None, num_videos: int, questions: Sequence[str], turns: list[list[tuple[str, str]]]
+) -> list[int]:
+    """Distribute the videos over the questions.
+
+    Raises:
+        ValueError: if there are not as many as placeholders.
+    """
+    marked = [
+        _num_placeholders(pairs, VIDEO_TOKEN) + text.count(VIDEO_TOKEN)
+        for text, pairs in zip(questions, turns, strict=True)
+    ]
+    if not num_videos:
+        if any(_num_placeholders(pairs, VIDEO_TOKEN) for pairs in turns):
+            logger.warning(
+                f"The history has {VIDEO_TOKEN}, but no video was given, so it is plain text. To ask about a video of an "
+                "earlier turn, pass it again."
+            )
+        return [0] * len(questions)
+    needed = list(marked)
+    if not any(marked) and not any(turns):  # placeholders will be put in front
+        needed = groups or ([num_videos] if len(questions) == 1 else [1] * len(questions))
+    if sum(needed) != num_videos or len(needed) != len(questions) or groups not in (None, needed):
+        raise ValueError(
+            f"The {len(questions)} questions and their history have {marked} {VIDEO_TOKEN} placeholders, but "
+            f"{groups or num_videos} videos were given. Write one placeholder per video, and pass the videos of earlier "
+            "turns again."
+        )
+    return needed
 
 
 def _whole_counts(counts: Any) -> list[int]:
@@ -747,15 +901,11 @@ def _length_of_reasoning(tokenizer: Any, token_ids: list[int]) -> int:
 def _check_one_path(options: GenerationConfig, extra_options: Mapping[str, Any], **wanted: bool | int) -> None:
     """Raise if the answer is searched for in ways along which its tokens cannot be watched one by one."""
     names = [name for name, value in wanted.items() if value is not False]
-    if names and (options.num_beams or 1) > 1:
-        raise ValueError(
-            f"{names[0]} follows one answer, and num_beams={options.num_beams} follows several. Leave one out."
-        )
     has_drafts = options.prompt_lookup_num_tokens is not None or extra_options.get("assistant_model") is not None
-    if wanted["return_confidence"] and has_drafts:
+    if names and ((options.num_beams or 1) > 1 or has_drafts):
         raise ValueError(
-            "return_confidence needs the scores of each token as it is taken, which assisted decoding does not keep. "
-            "Leave out assistant_model and prompt_lookup_num_tokens, or return_confidence."
+            f"{names[0]} follows an answer token by token, which beams and assisted decoding do not allow. Leave out "
+            f"num_beams, assistant_model and prompt_lookup_num_tokens, or {names[0]}."
         )
 
 
@@ -772,6 +922,19 @@ def _num_equal_tiles(kept: torch.Tensor | None, tiles: torch.Tensor) -> int:
     number = min(len(kept), len(tiles))
     equal = (kept[:number] == tiles[:number]).flatten(1).all(1)
     return _num_equal(equal.tolist(), [True] * number)
+
+
+def _packed(answers: "list[Answer]", is_single: bool, as_dict: bool, with_history: bool, with_confidence: bool) -> Any:
+    """Return the texts of answers, and what else was wanted of them, as `chat` returns it."""
+    if as_dict:
+        return answers[0] if is_single else answers
+    columns: list[list[Any]] = [[answer.text for answer in answers]]
+    if with_history:
+        columns.append([answer.history for answer in answers])
+    if with_confidence:
+        columns.append([answer.confidence for answer in answers])
+    found = tuple(column[0] for column in columns) if is_single else tuple(columns)
+    return found if len(found) > 1 else found[0]
 
 
 def _cut_pages(
@@ -806,6 +969,8 @@ def _document_pages(
     Raises:
         TypeError: if the caller of `chat` gave no processor to cut them into tiles.
     """
+    if document is None:
+        raise ValueError("pages, password and max_num_tiles are options of document=, which was not given.")
     if not hasattr(processor, "image_processor"):
         raise TypeError(
             f"chat(document=...) needs the processor in place of the tokenizer, got {type(processor).__name__}. Load "

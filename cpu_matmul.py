@@ -32,10 +32,10 @@ WEIGHTS_PER_TASK = 2**17  # what a thread takes at a time
 SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(__AVX2__) && defined(__F16C__) && !defined(PORTABLE)
 #include <immintrin.h>
 #define X86 1
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !defined(PORTABLE)
 #include <arm_neon.h>
 #define ARM 1
 #endif
@@ -142,6 +142,7 @@ INLINE int any_nan(const uint8_t *p) {
     for (int j = 0; j < STEP; j += 16) most = vmaxq_u8(most, vorrq_u8(vld1q_u8(p + j), sign));
     return vmaxvq_u8(most) == 255;
 #else
+    (void)p; /* the table knows NaN */
     return 0;
 #endif
 }
@@ -561,6 +562,11 @@ def _suits(format_name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     return format_name != "W4A16_AWQ" or weight.shape[1] // scales.shape[1] % 8 == 0
 
 
+def runs_on_cpu() -> bool:
+    """Say whether the C code runs here. The first call compiles it, unless the cache has it."""
+    return _library() is not None
+
+
 def has_product(format_name: str, inputs: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Say whether `multiply_on_cpu` can compute this product, and is the faster way."""
     return (
@@ -637,7 +643,11 @@ def _(
 
 
 def unpack_on_cpu(
-    format_name: str, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, span: range
+    format_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    span: range,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Compute some rows of a weight, the same numbers as `Format.decode` does.
 
@@ -646,6 +656,7 @@ def unpack_on_cpu(
         tensors: the stored tensors of the layer.
         dtype: of the result.
         span: the outputs whose weights are wanted; in AWQ GEMM, multiples of 8.
+        out: an earlier result of the same shape and dtype that may be overwritten. New memory costs page faults.
 
     Returns:
         `(len(span), in_features)`, None where the C code cannot do it.
@@ -658,6 +669,7 @@ def unpack_on_cpu(
     num_inputs = _sizes(format_name, operands[0])[1]
     pre_quant_scale = tensors.get("pre_quant_scale")
     direct = torch.bfloat16 if dtype == torch.bfloat16 and pre_quant_scale is None else torch.float32
-    weight = torch.empty(len(span), num_inputs, dtype=direct, device="cpu")
+    reused = out is not None and out.dtype == direct
+    weight = out if reused else torch.empty(len(span), num_inputs, dtype=direct, device="cpu")
     _run(library, format_name, operands, weight, span)
     return (weight if pre_quant_scale is None else weight * pre_quant_scale.float()).to(dtype)

@@ -4,12 +4,19 @@ A static cache has places for the longest possible answer. transformers' sdpa at
 step, and in a compiled step it repeats keys and values for the queries that share them. This kernel computes all query
 heads of a key head together, and does not read a block of places that the mask excludes. From step to step only data
 change and no shapes, as CUDA graphs need it. Everything but such a step uses transformers' sdpa attention.
+
+`reused_cache` lends such a cache for one answer after the other, so that a CUDA graph is recorded once.
 """
 
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -27,6 +34,8 @@ BLOCK_PLACES = {2: 64, 4: 32}  # by the bytes of a number; 64 places in float32 
 NUM_PARTS = 32  # programs for each key head; they take the blocks of places in turn
 SHARED_QUERIES = 16  # rows of a product on tensor cores, the fewest that Triton multiplies
 MAX_HEAD_BYTES = 256  # of a key
+PLACES_STEP = 256  # of a cache that is not as long as the context
+SHARE_OF_FREE_MEMORY = 0.25  # that a cache as long as the context may take
 CAPABILITY = (8, 0)  # for older tensor cores Triton multiplies without them, and spills registers
 
 if triton is not None:
@@ -152,9 +161,7 @@ def has_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask
         and key.is_contiguous()  # a copy of the whole cache in every step would cost more than the kernel saves
         and value.is_contiguous()
         and query.dtype == key.dtype == value.dtype
-        and query.dtype in KERNEL_DTYPES
-        and 16 <= head_size <= MAX_HEAD_BYTES // query.element_size()
-        and head_size & (head_size - 1) == 0
+        and _fits_heads(head_size, query.dtype)
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         and runs_kernels(query.device)
         and capability(query.device) >= CAPABILITY
@@ -199,6 +206,82 @@ def decode_attention_forward(
 def default_attention() -> str | None:
     """Return the default attention of a language model; None leaves the choice to transformers."""
     return NAME if triton is not None else None
+
+
+class _ReusedLayer(StaticLayer):
+    """A layer that keeps its memory when the cache is begun anew: a CUDA graph remembers the addresses."""
+
+    def begin_anew(self) -> None:
+        # transformers takes the fast way of a prompt only for a layer that says that it has no memory yet.
+        self.is_initialized = False
+        self.cumulative_length.zero_()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if getattr(self, "keys", None) is None:
+            super().lazy_initialization(key_states, value_states)
+        else:
+            self.keys.zero_()
+            self.values.zero_()
+            self.is_initialized = True
+
+
+_idle_caches: "weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, StaticCache]]" = weakref.WeakKeyDictionary()
+_idle_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def reused_cache(
+    model: torch.nn.Module, batch_size: int, num_tokens: int, window: int, keep: bool = True
+) -> Iterator[StaticCache]:
+    """Lend an empty static cache for one generation, the one of the last answer if it fits.
+
+    A model keeps one idle cache; two generations at once get one each. Nothing of an answer is left for the next.
+
+    Args:
+        model: whose layers fill the cache; the cache is dropped with it.
+        batch_size: rows of the batch.
+        num_tokens: places that are needed.
+        window: the context of the model. The cache has as many places if the attention kernel reads it, whose time
+            does not depend on them, and if there is memory for it.
+        keep: False if the caller gets the cache together with the answer.
+    """
+    config, device, dtype = model.config.get_text_config(decoder=True), model.device, model.dtype
+    with _idle_lock:
+        idle_key, cache = _idle_caches.pop(model, (None, None))
+    kind = (batch_size, device, dtype, torch.is_inference_mode_enabled())
+    num_places = min(window, -(-num_tokens // PLACES_STEP) * PLACES_STEP)
+    if idle_key == (window, *kind) or _takes_the_window(config, device, dtype, batch_size, window):
+        num_places = window
+    key = (num_places, *kind)
+    if idle_key == key:
+        for layer in cache.layers:
+            layer.begin_anew()
+    else:
+        cache = StaticCache(config=config, max_cache_len=num_places)
+        cache.layers = [_ReusedLayer(num_places) for _ in cache.layers]
+    yield cache
+    if keep:  # after an error it is dropped
+        with _idle_lock:
+            _idle_caches[model] = (key, cache)
+
+
+def _takes_the_window(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype, batch_size: int, window: int
+) -> bool:
+    """Whether a cache may be as long as the context: only its used places are read, and there is memory for it."""
+    size = config.head_dim
+    if config._attn_implementation != NAME or not _fits_heads(size, dtype) or capability(device) < CAPABILITY:
+        return False
+    if device.type != "cuda":
+        return True
+    num_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize * window * batch_size
+    return num_bytes <= torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY
+
+
+def _fits_heads(head_size: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel can compute heads of this size and dtype."""
+    is_power_of_two = head_size & (head_size - 1) == 0
+    return dtype in KERNEL_DTYPES and is_power_of_two and 16 <= head_size <= MAX_HEAD_BYTES // dtype.itemsize
 
 
 AttentionInterface.register(NAME, decode_attention_forward)

@@ -8,16 +8,17 @@ the file have the names of the published architectures, and what differs.
 """
 
 import contextlib
+import copy
 import operator
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import CompileConfig, GenerationConfig, LlamaForCausalLM, PretrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -35,13 +36,16 @@ from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .cpu_matmul import has_product as has_product
-from .decode_attention import default_attention
+from .decode_attention import default_attention, reused_cache
+from .image_processing import V2_RECIPE
 from .packed_matmul import has_kernel as has_kernel
 from .pictures import Document as Document
-from .prompts import V1_FORMAT, V2_FORMAT
+from .prompts import IMAGE_TOKEN, TOKEN_TYPES, V1_FORMAT, V2_FORMAT, VIDEO_TOKEN
 from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
+from .torch_int4 import convert as convert
 from .triton_kernels import runs_kernels
+from .video_processing import NemotronVLVideoProcessor as NemotronVLVideoProcessor  # for the same reason
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
@@ -63,6 +67,11 @@ REFUSED_OPTIONS = {
 }
 # What looks at the ids of a prompt, so that its embeddings alone are not enough.
 OPTIONS_THAT_READ_IDS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "guidance_scale")
+# Frames that run through the tower at once, unless config.vision_batch_size says otherwise.
+VIDEO_BATCH_SIZE = 16
+# How Inductor compiles the decode step. Matmuls of one row become Triton kernels that take in their neighbours: a third
+# fewer launches for each layer than with cuBLAS. Compiling takes longer.
+COMPILE_OPTIONS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
 # How far outside 0..1 the bicubic filter of the 12B V2 can carry a pixel, before the normalisation.
 BICUBIC_OVERSHOOT = 0.5
 
@@ -74,9 +83,11 @@ class NemotronVLOutput(CausalLMOutputWithPast):
     Args:
         image_hidden_states: `(num_visual_tokens, hidden_size)`, projected features of all images in order; None when
             the call brought no image.
+        video_hidden_states: the same of all videos.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
 
 
 def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -106,6 +117,41 @@ def pixel_shuffle(features: torch.Tensor, merge_size: int) -> torch.Tensor:
     return blocks.reshape(num_tiles, merged_height, merged_width, merge_size**2 * hidden_size)
 
 
+def count_kept_tokens(tokens_per_frame: int, num_frames: int, pruning_rate: float) -> int:
+    """Return how many tokens of a video are kept at a pruning rate: at least those of one frame.
+
+    The product is that of double precision, cut to a whole number: 100 frames of 256 tokens at 0.9 keep 2,559.
+    """
+    if pruning_rate <= 0:
+        return tokens_per_frame * num_frames
+    return max(tokens_per_frame, int(num_frames * tokens_per_frame * (1 - pruning_rate)))
+
+
+def video_token_mask(features: torch.Tensor, pruning_rate: float) -> torch.Tensor:
+    """Choose the tokens of one video that its earlier frames do not already show (EVS, arXiv 2510.14624).
+
+    A token is the more worth keeping, the less it resembles the token at its place in the frame before. All tokens of
+    the first frame come first. Equally different tokens are kept in their order.
+
+    Args:
+        features: `(num_frames, tokens_per_frame, hidden_size)`, projected frames; further axes of a frame may stay
+            unmerged. Computed in their dtype as in other runtimes, although bfloat16 rounds many differences to
+            the same value.
+        pruning_rate: share of the tokens to leave out, 0 to below 1; see `count_kept_tokens`.
+
+    Returns:
+        bool `(num_frames * tokens_per_frame,)`, True for the tokens to keep.
+    """
+    differences = 1 - nn.functional.cosine_similarity(features[1:], features[:-1], dim=-1)
+    first = differences.new_full((1, *features.shape[1:-1]), 255)  # above every difference
+    differences = torch.cat([first, differences]).flatten()
+    num_kept = count_kept_tokens(differences.numel() // len(features), len(features), pruning_rate)
+    order = torch.argsort(differences, descending=True, stable=True)
+    mask = torch.zeros_like(differences, dtype=torch.bool)
+    mask[order[:num_kept]] = True
+    return mask
+
+
 class ProjectorRMSNorm(nn.Module):
     """RMSNorm with everything, also the multiplication by the weight, in float32."""
 
@@ -131,7 +177,7 @@ class NemotronVLPreTrainedModel(StrictPreTrainedModel):
     config: NemotronVLConfig
     base_model_prefix = "backbone"  # names no attribute on purpose: 4.57 strips this prefix from the names of weights
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     # The tower derives these indices from its config; some checkpoints store them as well.
@@ -188,6 +234,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
     """
 
     accepts_uint8_tiles = True  # rescaled on the tower's device
+    prunes_videos = False
 
     def __init__(self, config: NemotronVLConfig):
         super().__init__(config)
@@ -223,6 +270,10 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         raise NotImplementedError(
             "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
         )
+
+    def _frame_recipe(self) -> dict[str, Any]:
+        """Return the options of a `NemotronVLVideoProcessor` whose frames this model takes."""
+        return {}
 
     @property
     def model(self) -> "NemotronVLModel":
@@ -301,12 +352,60 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             ValueError: if `num_patches` does not add up to the number of tiles, or the sides of tiles do not fit.
         """
         self._check_images(pixel_values)
-        if pixel_values.dtype == torch.uint8 and not self.accepts_uint8_tiles:
-            raise ValueError("pixel_values are uint8, but this model takes tiles that its image processor normalised.")
+        self._check_uint8("pixel_values", pixel_values)
         pixel_values, tiles_per_image = _select_tiles("pixel_values", pixel_values, num_patches, image_flags)
+        return self._tile_features(pixel_values, tiles_per_image, self._vision_batch_size(len(pixel_values)), **kwargs)
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        num_video_frames: torch.Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Run frames through tower, pixel shuffle and projector, 16 at once or as many as `config.vision_batch_size`.
+
+        Args:
+            pixel_values_videos: `(num_frames, 3, height, width)`, the frames of all videos, as the processor returns
+                them; see `get_image_features`.
+            num_video_frames: frames of each video; None takes all as one video.
+            kwargs: passed to the tower.
+
+        Returns:
+            `last_hidden_state`: tower features `(num_frames, num_patches, vit_hidden_size)`; `pooler_output`: tuple
+            with one `(num_tokens, hidden_size)` per video. Nothing is pruned here; see `generate`.
+
+        Raises:
+            ValueError: if `num_video_frames` does not add up to the frames, or the sides of frames do not fit.
+        """
+        frames_per_video = self._frames_per_video(pixel_values_videos, num_video_frames)
+        batch_size = min(self._vision_batch_size(VIDEO_BATCH_SIZE), max(len(pixel_values_videos), 1))
+        return self._tile_features(pixel_values_videos, frames_per_video, batch_size, **kwargs)
+
+    def _frames_per_video(self, pixel_values_videos: Any, num_video_frames: Any) -> list[int]:
+        """Return the frames of each video, checked against their pixels."""
+        _check_shape("pixel_values_videos", pixel_values_videos, "(num_frames, 3, height, width)")
+        self._check_uint8("pixel_values_videos", pixel_values_videos)
+        num_frames = len(pixel_values_videos)
+        frames_per_video = [num_frames] if num_video_frames is None else [int(own) for own in num_video_frames]
+        if sum(frames_per_video) != num_frames or min(frames_per_video, default=1) < 1:
+            raise ValueError(
+                f"num_video_frames={frames_per_video} counts {sum(frames_per_video)} frames, but pixel_values_videos "
+                f"holds {num_frames}, and every video has at least one. Pass both as one processor call returned them."
+            )
+        return frames_per_video
+
+    def _check_uint8(self, name: str, tiles: torch.Tensor) -> None:
+        if tiles.dtype == torch.uint8 and not self.accepts_uint8_tiles:
+            raise ValueError(f"{name} are uint8, but this model takes tiles that its image processor normalised.")
+
+    def _tile_features(
+        self, pixel_values: torch.Tensor, tiles_per_image: Sequence[int], batch_size: int, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Run tiles through tower and projector in batches; `tiles_per_image` splits `pooler_output`."""
         if len(pixel_values) == 0:
             return BaseModelOutputWithPooling(pooler_output=())
-        batches = pixel_values.split(self._vision_batch_size(len(pixel_values)))
+        batches = pixel_values.split(batch_size)
         towers, projected = zip(*(self._encode_tiles(batch, **kwargs) for batch in batches), strict=True)
         features = _join(projected)
         tokens_per_tile = features.shape[1]
@@ -317,6 +416,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             hidden_states=_join_layers([tower.hidden_states for tower in towers]),
             attentions=_join_layers([tower.attentions for tower in towers]),
         )
+
+    def _video_outputs(self, pixel_values_videos: torch.Tensor, num_video_frames: Any) -> BaseModelOutputWithPooling:
+        """Return `pooler_output` of `get_video_features`, without keeping the larger features of the tower."""
+        frames_per_video = self._frames_per_video(pixel_values_videos, num_video_frames)
+        batches = pixel_values_videos.split(self._vision_batch_size(VIDEO_BATCH_SIZE))
+        features = _join([self._encode_tiles(batch)[1] for batch in batches])
+        tokens = [frames * features.shape[1] for frames in frames_per_video]
+        return BaseModelOutputWithPooling(pooler_output=features.flatten(0, 1).split(tokens))
 
     def _check_images(self, pixel_values: Any, visual_features: Any = None) -> None:
         """Raise if tiles, or the features given instead of them, have another shape than the model takes."""
@@ -360,14 +467,16 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor,
+        token_id: int | None = None,
         num_placeholders: int | None = None,
     ) -> torch.Tensor:
         """Find the image tokens and check that there is one feature for each.
 
         Args:
-            input_ids: `(batch_size, sequence_length)`; None compares `inputs_embeds` with the image token's embedding.
+            input_ids: `(batch_size, sequence_length)`; None compares `inputs_embeds` with the token's embedding.
             inputs_embeds: `(batch_size, sequence_length, hidden_size)`.
             image_features: `(num_visual_tokens, hidden_size)`.
+            token_id: the token to find; None is the image token.
             num_placeholders: how many image tokens the ids have, if that is known; counting them waits for the device.
 
         Returns:
@@ -376,71 +485,129 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         Raises:
             ValueError: if the two counts differ; the message holds both.
         """
-        image_token_id = self._image_token_id()
-        if input_ids is None:
-            token = torch.tensor(image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == image_token_id
+        mask = self._find_tokens(input_ids, inputs_embeds, self._image_token_id() if token_id is None else token_id)
         _check_counts(mask.sum() if num_placeholders is None else num_placeholders, image_features.shape[0])
         return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
+
+    def _find_tokens(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, token_id: int
+    ) -> torch.Tensor:
+        """Return where a prompt has a token, bool `(batch_size, sequence_length)`."""
+        if input_ids is not None:
+            return input_ids == token_id
+        token = torch.tensor(token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def _find_videos(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        has_images: bool,
+        mm_token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return where a prompt with videos has their tokens, bool `(batch_size, sequence_length)`.
+
+        They are the model's video tokens. Where a prompt has none, as those of the 8B V1 and of other runtimes, they are
+        image tokens; beside images, `mm_token_type_ids` says which.
+
+        Raises:
+            ValueError: if it is needed and does not say it.
+        """
+        video_token_id = getattr(self.config, "video_context_token_id", None)
+        if video_token_id is not None:
+            videos = self._find_tokens(input_ids, inputs_embeds, video_token_id)
+            if torch.compiler.is_compiling() or has_images or bool(videos.any()):
+                return videos
+        image_tokens = self._find_tokens(input_ids, inputs_embeds, self._image_token_id())
+        if not has_images:
+            return image_tokens
+        if mm_token_type_ids is None or mm_token_type_ids.shape != image_tokens.shape:
+            raise ValueError(
+                "This model writes images and videos with the same token, so a prompt with both needs mm_token_type_ids, "
+                "of the shape of input_ids, to tell them apart. Pass what the processor returned."
+            )
+        return image_tokens & (mm_token_type_ids.to(image_tokens.device) == TOKEN_TYPES[VIDEO_TOKEN])
 
     def _insert_images(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
+        image_features: torch.Tensor | None,
+        video_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         num_placeholders: int | None = None,
     ) -> torch.Tensor:
-        """Return `inputs_embeds` with the rows of the image tokens replaced by the images' features, in order."""
+        """Return `inputs_embeds` with the rows of visual tokens replaced by the features of images and videos."""
+        if video_features is not None:
+            video_features = video_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            videos = self._find_videos(input_ids, inputs_embeds, image_features is not None, mm_token_type_ids)
+            _check_counts(videos.sum(), video_features.shape[0], "video")
+            images = self._find_tokens(input_ids, inputs_embeds, self._image_token_id()) & ~videos
+            _check_counts(images.sum(), 0 if image_features is None else image_features.shape[0])
+            if image_features is not None:
+                image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+                images = images.unsqueeze(-1).to(inputs_embeds.device)
+                inputs_embeds = inputs_embeds.masked_scatter(images, image_features)
+            return inputs_embeds.masked_scatter(videos.unsqueeze(-1).to(inputs_embeds.device), video_features)
         image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, num_placeholders)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, num_placeholders=num_placeholders)
         return inputs_embeds.masked_scatter(mask, image_features)
 
     def _language_model_inputs(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        image_flags: torch.Tensor | None,
-        num_patches: torch.Tensor | Sequence[int] | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        visual: "VisualInputs",
         past_key_values: Any | None,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Return the inputs of the language model, and the images' features; see `forward`.
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+        """Return the inputs of the language model, and the features of images and of videos; see `forward`.
 
-        With images the inputs are the embedded prompt with the images in their places. Without images they are the
+        With images or videos the inputs are the embedded prompt with these in their places. Otherwise they are the
         ids, which the language model embeds by itself.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds to forward.")
-        if pixel_values is not None and mm_encoder_outputs:
-            raise ValueError("Pass either pixel_values or mm_encoder_outputs to forward, not both.")
+        encoded = visual.mm_encoder_outputs or {}
+        for name, pixels, kind in (
+            ("pixel_values", visual.pixel_values, "image"),
+            ("pixel_values_videos", visual.pixel_values_videos, "video"),
+        ):
+            if pixels is not None and encoded.get(kind) is not None:
+                raise ValueError(f"Pass either {name} or mm_encoder_outputs[{kind!r}] to forward, not both.")
         given_ids, input_ids = input_ids, self._beside_embeddings(input_ids)
-        image_outputs = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        image_outputs, video_outputs = encoded.get("image"), encoded.get("video")
+        # Under torch.compile the numbers would break the graph; they only split the features by image.
+        is_compiling = torch.compiler.is_compiling()
         num_placeholders = None
-        if pixel_values is not None:
-            if torch.compiler.is_compiling():
-                num_patches = None  # only splits the features by image; its numbers would break the compiled graph
-            else:
-                num_patches, num_placeholders = _read_numbers(num_patches, self._count_images(given_ids))
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
-        image_features = None if image_outputs is None else _features_of(image_outputs)
-        if image_features is None and input_ids is not None and _begins_prompt(input_ids, past_key_values):
-            self._check_no_images(input_ids)
-        runs_blank_tile = image_features is None and past_key_values is None and self._trains_in_processes
+        if visual.pixel_values is not None:
+            num_patches = None
+            if not is_compiling:
+                num_patches, num_placeholders = _read_numbers(visual.num_patches, self._count_images(given_ids))
+            image_outputs = self.get_image_features(
+                visual.pixel_values, num_patches, visual.image_flags, return_dict=True
+            )
+        if visual.pixel_values_videos is not None:
+            num_frames = None if is_compiling else visual.num_video_frames
+            video_outputs = self._video_outputs(visual.pixel_values_videos, num_frames)
+        image_features, video_features = _features_of(image_outputs), _features_of(video_outputs)
+        is_blind = image_features is None and video_features is None
+        if input_ids is not None and _begins_prompt(input_ids, past_key_values):
+            self._check_absent(input_ids, image_features, video_features)
+        runs_blank_tile = is_blind and past_key_values is None and self._trains_in_processes
         if inputs_embeds is None:
-            if image_features is None and not self._is_on_several_devices and not runs_blank_tile:
-                return {"input_ids": input_ids}, None
+            if is_blind and not self._is_on_several_devices and not runs_blank_tile:
+                return {"input_ids": input_ids}, None, None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_features is not None:
-            inputs_embeds = self._insert_images(input_ids, inputs_embeds, image_features, num_placeholders)
+        if not is_blind:
+            inputs_embeds = self._insert_images(
+                input_ids, inputs_embeds, image_features, video_features, visual.mm_token_type_ids, num_placeholders
+            )
         elif runs_blank_tile:
             side = self.config.patch_size * self.config.merge_size
             blank = torch.zeros(1, 3, side, side, device=self.vision_model.device)
             features = self.get_image_features(blank, return_dict=True).pooler_output[0]
             inputs_embeds = inputs_embeds + (0 * features).sum().to(inputs_embeds.device, inputs_embeds.dtype)
-        return {"inputs_embeds": inputs_embeds}, image_features
+        return {"inputs_embeds": inputs_embeds}, image_features, video_features
 
     @property
     def _trains_in_processes(self) -> bool:
@@ -469,15 +636,37 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             return tensor
         return _move(tensor, self.get_input_embeddings().weight.device)
 
+    def _count_visual(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Count the image tokens of ids and, for a model that has them, the video tokens, on their device."""
+        if input_ids is None:
+            return None
+        video_token_id = getattr(self.config, "video_context_token_id", None)
+        token_ids = [self._image_token_id(), *([] if video_token_id is None else [video_token_id])]
+        return torch.stack([(input_ids == token_id).sum() for token_id in token_ids])
+
     def _count_images(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Count the image tokens of ids, on their device."""
         return None if input_ids is None else (input_ids == self._image_token_id()).sum()
 
-    def _check_no_images(self, input_ids: torch.Tensor) -> None:
-        """Raise if a prompt without images has image tokens."""
+    def _check_absent(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+    ) -> None:
+        """Raise if a prompt without images has image tokens, or one without videos has video tokens."""
         # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
-        if self.config.image_token_id is not None:
+        if image_features is None and video_features is None and self.config.image_token_id is not None:
             _check_counts((input_ids == self.config.image_token_id).sum(), 0)
+        video_token_id = getattr(self.config, "video_context_token_id", None)
+        if video_features is None and video_token_id is not None:
+            _check_counts((input_ids == video_token_id).sum(), 0, "video")
+
+    def _are_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return which tokens stand for images or videos."""
+        is_visual = input_ids == self.config.image_token_id
+        video_token_id = getattr(self.config, "video_context_token_id", None)
+        return is_visual if video_token_id is None else is_visual | (input_ids == video_token_id)
 
     def _image_token_id(self) -> int:
         if self.config.image_token_id is None:
@@ -502,6 +691,8 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         num_patches: torch.Tensor | Sequence[int] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        num_video_frames: torch.Tensor | Sequence[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> NemotronVLOutput:
@@ -518,19 +709,28 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside. Image tokens, and the
                 token before and after each run of them that is attended (`<img>` and `</img>`), never carry loss,
-                whatever stands here.
+                whatever stands here; video tokens likewise.
             use_cache: return the cache.
             num_patches: tiles per image, as the processor returns it.
-            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`.
-            mm_token_type_ids: accepted as processors return it; not needed.
+            mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, and
+                `{"video": get_video_features(...)}` instead of `pixel_values_videos`.
+            mm_token_type_ids: `(batch_size, sequence_length)`, 1 at images and 2 at videos, as the processor returns
+                it. Only the 8B V1 needs it, and only for a prompt with images and videos.
+            pixel_values_videos: `(num_frames, 3, height, width)`, the frames of all videos of the batch in prompt
+                order. No token is pruned here; `generate` does that.
+            num_video_frames: frames of each video, as the processor returns it.
             logits_to_keep: how many last positions get logits, 0 for all; or the positions.
             kwargs: for the language model; `return_dict=False` asks for a tuple, None leaves it to the config.
 
         Raises:
             ValueError: if image tokens and features differ in number, or inputs exclude each other.
         """
-        prompt, image_features = self._language_model_inputs(
-            input_ids, inputs_embeds, pixel_values, image_flags, num_patches, mm_encoder_outputs, past_key_values
+        visual = VisualInputs(
+            *(pixel_values, num_patches, image_flags, pixel_values_videos, num_video_frames),
+            *(mm_encoder_outputs, mm_token_type_ids),
+        )
+        prompt, image_features, video_features = self._language_model_inputs(
+            input_ids, inputs_embeds, visual, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
         attention_mask, position_ids = map(self._beside_embeddings, (attention_mask, position_ids))
@@ -547,7 +747,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            if image_features is not None or input_ids is None:
+            if image_features is not None or video_features is not None or input_ids is None:
                 labels = self._without_images(labels, input_ids, attention_mask, kwargs.get("ignore_index", -100))
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return NemotronVLOutput(
@@ -557,6 +757,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            video_hidden_states=video_features,
         )
 
     def _without_images(
@@ -567,16 +768,16 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         ignore_index: int,
     ) -> torch.Tensor:
         """Return the labels with `ignore_index` at the image tokens and at the tokens around each run of them."""
-        image_token_id = self.config.image_token_id
-        if image_token_id is None:  # without images the config may lack it
+        # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
+        if self.config.image_token_id is None:
             return labels
         # Embeddings name no tokens; there the labels do.
-        is_image = (labels if input_ids is None else input_ids.to(labels.device)) == image_token_id
+        is_image = self._are_visual(labels if input_ids is None else input_ids.to(labels.device))
         shown = is_image
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == is_image.shape:
             shown = is_image & attention_mask.to(is_image.device, torch.bool)  # a masked tile has text beside it
         shown = nn.functional.pad(shown, (1, 1))
-        return labels.masked_fill(is_image | shown[:, 2:] | shown[:, :-2] | (labels == image_token_id), ignore_index)
+        return labels.masked_fill(is_image | shown[:, 2:] | shown[:, :-2] | self._are_visual(labels), ignore_index)
 
     @torch.no_grad()
     def generate(
@@ -588,9 +789,16 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         num_patches: torch.Tensor | Sequence[int] | None = None,
         image_flags: torch.Tensor | None = None,
         visual_features: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        num_video_frames: torch.Tensor | Sequence[int] | None = None,
+        video_pruning_rate: float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate as transformers does: the result holds the prompt and the new tokens.
+
+        The result begins with `input_ids` as they were given, also where tokens of videos were pruned. So
+        `output[:, input_ids.shape[1]:]` are the new tokens in every case. A streamer, stopping criteria and
+        `max_length` see the pruned prompt.
 
         Args:
             inputs: `(batch_size, sequence_length)` prompt ids, also accepted as `input_ids`.
@@ -599,6 +807,11 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             pixel_values, num_patches, image_flags: as for `get_image_features`; the tiles run through the tower once.
             visual_features: `(num_tiles, tokens, vit_hidden_size * merge_size**2)`, features after pixel shuffle,
                 instead of `pixel_values`; only the projector is applied.
+            pixel_values_videos, num_video_frames: as for `get_video_features`. Without `num_video_frames`, each row of
+                the batch has at most one video.
+            video_pruning_rate: share of the tokens of each video to leave out, 0 to below 1, for the 12B V2 (see
+                `video_token_mask`); None is the attribute of this name, by default the config's. The tokens are removed
+                from embeddings, ids and attention mask of the prompt; labels and tags of frames stay.
             kwargs: everything that `GenerationMixin.generate` takes, except `REFUSED_OPTIONS`. `inputs_embeds` beside the
                 ids they were made of are the prompt; images are put in where they are given. Beside a cache, images
                 are those of the uncached ids, or of all ids. On CUDA, a generation that names no cache gets a static
@@ -620,41 +833,266 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         embeds_alone = inputs_embeds is not None and (
             input_ids is None or input_ids.shape[:2] != inputs_embeds.shape[:2]
         )
+        visual = VisualInputs(
+            *(pixel_values, num_patches, image_flags, pixel_values_videos, num_video_frames),
+            *(kwargs.pop("mm_encoder_outputs", None) or {}, kwargs.get("mm_token_type_ids")),
+        )
+        prompt_embeds = kwargs.get("prompt_embeds")
         images = {
             "pixel_values": pixel_values,
             "visual_features": visual_features,
-            "mm_encoder_outputs": kwargs.get("mm_encoder_outputs") or None,
-            "prompt_embeds": kwargs.get("prompt_embeds"),
+            "mm_encoder_outputs": visual.mm_encoder_outputs.get("image"),
+            "prompt_embeds": prompt_embeds,
         }
-        self._check_generation(self._given_option(generation_config, kwargs), images, embeds_alone)
-        if input_ids is not None:
-            self._tokens_left_after(input_ids.shape[1])  # before the tower runs
+        videos = {
+            "pixel_values_videos": pixel_values_videos,
+            "mm_encoder_outputs": visual.mm_encoder_outputs.get("video"),
+            "prompt_embeds": prompt_embeds,
+        }
+        self._check_generation(self._given_option(generation_config, kwargs), images, videos, embeds_alone)
+        has_images = prompt_embeds is None and any(value is not None for value in images.values())
+        plan = self._plan_videos(None if embeds_alone else input_ids, visual, video_pruning_rate, has_images, kwargs)
+        if input_ids is not None:  # before the tower runs
+            self._tokens_left_after(input_ids.shape[1] if plan is None else plan.prompt_length, plan)
         if visual_features is not None:
             self._check_images(None, visual_features)
             features, _ = _select_tiles("visual_features", visual_features, num_patches, image_flags)
-            image_outputs = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
+            projected = BaseModelOutputWithPooling(pooler_output=tuple(self._project(features)))
+            visual = visual._replace(mm_encoder_outputs={**visual.mm_encoder_outputs, "image": projected})
         elif pixel_values is not None:
-            num_patches, num_placeholders, extremes = _read_numbers(
-                num_patches, None if embeds_alone else self._count_images(given_ids), _extremes(pixel_values)
+            num_patches, counts, extremes = _read_numbers(
+                num_patches, None if embeds_alone else self._count_visual(given_ids), _extremes(pixel_values)
             )
-            _check_pixel_range(extremes, *self._pixel_limits())
-            image_outputs = self.get_image_features(pixel_values, num_patches, image_flags, return_dict=True)
+            num_placeholders = None if counts is None else counts[0]
+            if counts is not None and pixel_values_videos is None and visual.mm_encoder_outputs.get("video") is None:
+                _check_counts(sum(counts[1:]), 0, "video")
+            _check_pixel_range("pixel_values", extremes, *self._pixel_limits())
+            visual = visual._replace(num_patches=num_patches)
+        outputs = self._encode_media(visual, plan)
+        if outputs and self._has_virtual_tokens and not embeds_alone:
+            kwargs["mm_encoder_outputs"] = outputs
         else:
-            image_outputs = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        image_features = _features_of(image_outputs)
-        if embeds_alone:
-            if image_features is not None:
-                kwargs["inputs_embeds"] = self._insert_images(None, inputs_embeds, image_features)
-        elif self._has_virtual_tokens and image_features is not None:
-            kwargs["mm_encoder_outputs"] = {"image": image_outputs}
-        elif input_ids is not None and kwargs.get("prompt_embeds") is None:
-            kwargs.pop("inputs_embeds", None)
-            kwargs["prompt_embeds"] = self._embed_prompt(
-                input_ids, image_features, kwargs.get("past_key_values"), inputs_embeds, num_placeholders
+            self._embed_media(input_ids, outputs, embeds_alone, kwargs, num_placeholders)
+        prompt = inputs_embeds if embeds_alone else input_ids
+        if plan is None or not plan.prunes:
+            return self._generate_with_cache(inputs, generation_config, args, kwargs, prompt)
+        pruned_ids = self._prune(plan, input_ids, outputs["video"], kwargs)
+        if inputs is None:
+            kwargs["input_ids"] = pruned_ids
+        pruned_inputs = None if inputs is None else pruned_ids
+        output = self._generate_with_cache(pruned_inputs, generation_config, args, kwargs, pruned_ids)
+        return _with_prompt(output, input_ids, pruned_ids.shape[1])
+
+    def _generate_with_cache(
+        self,
+        inputs: torch.Tensor | None,
+        generation_config: GenerationConfig | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        prompt: torch.Tensor | None,
+    ) -> Any:
+        """Call `generate` of transformers, with a static cache and a compiled decode step where these are wanted.
+
+        `prompt` is what the cache has to hold, `(batch_size, sequence_length, ...)`.
+        """
+        if args or not self._wants_static_cache(generation_config, kwargs):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        if self._given_option(generation_config, kwargs)("compile_config") is None:
+            compile_config = CompileConfig(mode=None, options=dict(COMPILE_OPTIONS))
+            if generation_config is None:
+                kwargs["compile_config"] = compile_config
+            else:
+                generation_config = copy.copy(generation_config)
+                generation_config.compile_config = compile_config
+        if hasattr(self, "_get_cache"):  # transformers 4.57, which keeps a static cache by itself
+            return super().generate(inputs, generation_config, **{**kwargs, "cache_implementation": "static"})
+        with self._static_cache(generation_config, kwargs, prompt) as cache:
+            return super().generate(inputs, generation_config, **{**kwargs, "past_key_values": cache})
+
+    def _static_cache(
+        self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any], prompt: torch.Tensor | None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return a static cache for the answers to a prompt, `(batch_size, sequence_length, ...)`."""
+        given = self._given_option(generation_config, kwargs)
+        window = self.config.max_sequence_length
+        batch_size, length = (1, 1) if prompt is None else prompt.shape[:2]
+        num_tokens = window if given("max_new_tokens") is None else length + given("max_new_tokens")
+        keep = not given("return_dict_in_generate")
+        return reused_cache(self, batch_size * (given("num_return_sequences") or 1), num_tokens, window, keep)
+
+    def _encode_media(self, visual: "VisualInputs", plan: "VideoPlan | None") -> dict[str, BaseModelOutputWithPooling]:
+        """Return the features of the images and of the videos of a prompt, those that there are."""
+        outputs = {kind: output for kind, output in visual.mm_encoder_outputs.items() if output is not None}
+        if visual.pixel_values is not None:
+            outputs["image"] = self.get_image_features(
+                visual.pixel_values, visual.num_patches, visual.image_flags, return_dict=True
             )
-        if not args and self._wants_static_cache(generation_config, kwargs):
-            kwargs["cache_implementation"] = "static"
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        if visual.pixel_values_videos is not None:
+            (extremes,) = _read_numbers(_extremes(visual.pixel_values_videos))
+            _check_pixel_range("pixel_values_videos", extremes, *self._pixel_limits())
+            num_frames = visual.num_video_frames if plan is None else plan.frames_per_video
+            outputs["video"] = self._video_outputs(visual.pixel_values_videos, num_frames)
+        return outputs
+
+    def _embed_media(
+        self,
+        input_ids: torch.Tensor | None,
+        outputs: Mapping[str, BaseModelOutputWithPooling],
+        embeds_alone: bool,
+        kwargs: dict[str, Any],
+        num_placeholders: int | None,
+    ) -> None:
+        """Put the embeddings of a prompt with images and videos into the arguments of `generate`."""
+        image_features, video_features = _features_of(outputs.get("image")), _features_of(outputs.get("video"))
+        types = kwargs.get("mm_token_type_ids")
+        if embeds_alone:
+            if image_features is not None or video_features is not None:
+                kwargs["inputs_embeds"] = self._insert_images(
+                    None, kwargs["inputs_embeds"], image_features, video_features, types
+                )
+        elif input_ids is not None and kwargs.get("prompt_embeds") is None:
+            inputs_embeds = kwargs.pop("inputs_embeds", None)
+            kwargs["prompt_embeds"] = self._embed_prompt(
+                input_ids,
+                image_features,
+                kwargs.get("past_key_values"),
+                inputs_embeds,
+                video_features,
+                types,
+                num_placeholders,
+            )
+
+    @property
+    def video_pruning_rate(self) -> float:
+        """Share of a video's tokens that `generate` leaves out: the config's, unless it was set here.
+
+        Raises:
+            ValueError: when it is set to a rate that the model cannot have.
+        """
+        own = vars(self).get("_own_pruning_rate")
+        rate = getattr(self.config, "video_pruning_rate", None) if own is None else own
+        return 0.0 if rate is None else rate
+
+    @video_pruning_rate.setter
+    def video_pruning_rate(self, rate: float) -> None:
+        self._own_pruning_rate = self._check_pruning_rate(rate)
+
+    def count_pruned_tokens(
+        self, num_video_frames: torch.Tensor | Sequence[int], video_pruning_rate: float | None = None
+    ) -> int:
+        """Return how many tokens `generate` leaves out of prompts with videos of these numbers of frames.
+
+        Args:
+            num_video_frames: frames of each video, as the processor returns it.
+            video_pruning_rate: as for `generate`.
+        """
+        rate = self._check_pruning_rate(self.video_pruning_rate if video_pruning_rate is None else video_pruning_rate)
+        tokens = self.config.num_image_tokens_per_tile
+        frames = [int(own) for own in num_video_frames]
+        return sum(tokens * own - count_kept_tokens(tokens, own, rate) for own in frames)
+
+    def _check_pruning_rate(self, rate: Any) -> float:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"video_pruning_rate must be a number from 0 to below 1, got {rate!r}.")
+        if rate and not self.prunes_videos:
+            raise ValueError(
+                f"video_pruning_rate={rate} cannot be had: the 8B V1 was not trained on pruned videos. Use 0, or take "
+                "fewer frames."
+            )
+        return float(rate)
+
+    def _plan_videos(
+        self,
+        input_ids: torch.Tensor | None,
+        visual: "VisualInputs",
+        pruning_rate: float | None,
+        has_images: bool,
+        kwargs: Mapping[str, Any],
+    ) -> "VideoPlan | None":
+        """Find the videos of a prompt, and say how many tokens of each are kept, before the tower runs.
+
+        Returns:
+            None if there is no video, or no ids name its tokens.
+
+        Raises:
+            ValueError: if frames and video tokens differ in number, or pruning is not possible.
+        """
+        rate = None if pruning_rate is None else self._check_pruning_rate(pruning_rate)
+        outputs = visual.mm_encoder_outputs.get("video")
+        if visual.pixel_values_videos is not None:
+            frames = self._frames_per_video(visual.pixel_values_videos, visual.num_video_frames)
+            tokens_per_frame = self._tokens_per_tile(visual.pixel_values_videos, None)
+        elif outputs is not None:
+            tokens_per_frame = self.config.num_image_tokens_per_tile
+            frames = [len(features) // tokens_per_frame for features in outputs.pooler_output]
+        else:
+            return None
+        rate = self._check_pruning_rate(self.video_pruning_rate) if rate is None else rate
+        unpruned = {
+            "a prompt of inputs_embeds alone": input_ids is None,
+            "prompt_embeds": kwargs.get("prompt_embeds") is not None,
+            "PEFT's virtual tokens": self._has_virtual_tokens,
+            "a cache that already holds tokens": _num_cached(kwargs.get("past_key_values")) > 0,
+        }
+        obstacles = [name for name, is_there in unpruned.items() if is_there]
+        if obstacles:
+            if rate:
+                raise ValueError(f"Videos cannot be pruned with {obstacles[0]}. Pass video_pruning_rate=0.")
+            return None
+        videos = self._find_videos(input_ids, None, has_images, visual.mm_token_type_ids)
+        tokens_of_rows = videos.sum(1).tolist()
+        _check_counts(videos.sum(), sum(frames) * tokens_per_frame, "video")
+        if visual.num_video_frames is None and outputs is None:  # one video a row
+            frames = [-(-tokens // tokens_per_frame) for tokens in tokens_of_rows if tokens]
+        kept = [count_kept_tokens(tokens_per_frame, own, rate) for own in frames]
+        mask = kwargs.get("attention_mask")
+        attended = torch.ones_like(videos) if mask is None else mask.to(videos.device).cumsum(1) > 0
+        dropped = _dropped_of_rows(frames, kept, tokens_per_frame, tokens_of_rows)
+        lengths = [length - own for length, own in zip(attended.sum(1).tolist(), dropped, strict=True)]
+        if sum(kept) == sum(frames) * tokens_per_frame:
+            return VideoPlan(frames, tokens_per_frame, 0.0, kept, videos, attended, input_ids.shape[1])
+        if mask is None and len(input_ids) > 1:
+            raise ValueError("A batch with pruned videos needs its attention_mask. Pass what the processor returned.")
+        return VideoPlan(frames, tokens_per_frame, rate, kept, videos, attended, max(lengths))
+
+    def _prune(
+        self,
+        plan: "VideoPlan",
+        input_ids: torch.Tensor,
+        video_outputs: BaseModelOutputWithPooling,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return the ids of a prompt without the pruned tokens of its videos, and shorten embeddings and mask likewise.
+
+        Args:
+            plan: of this prompt.
+            input_ids: of the whole prompt.
+            video_outputs: the features of each video.
+            kwargs: those of `generate`; `prompt_embeds` and `attention_mask` are replaced, and what else has a value for
+                each token is removed, because the 12B V2 does not use it.
+        """
+        masks = [
+            video_token_mask(features.unflatten(0, (-1, plan.tokens_per_frame)), plan.pruning_rate)
+            for features in video_outputs.pooler_output
+        ]
+        kept = plan.attended.clone()
+        kept[plan.videos] &= torch.cat(masks).to(kept.device)
+        embeds = kwargs["prompt_embeds"]
+        shape = (len(input_ids), plan.prompt_length)
+        # Rows end together, as they did before: what is left of a shorter one is padding.
+        places = torch.arange(plan.prompt_length, device=kept.device) >= plan.prompt_length - kept.sum(1, keepdim=True)
+        pruned_ids = input_ids.new_zeros(shape)
+        pruned_ids[places.to(input_ids.device)] = input_ids[kept.to(input_ids.device)]
+        pruned_embeds = embeds.new_zeros(*shape, embeds.shape[-1])
+        pruned_embeds[places.to(embeds.device)] = embeds[kept.to(embeds.device)]
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        pruned_mask = mask.new_zeros(shape)
+        pruned_mask[places.to(mask.device)] = mask[kept.to(mask.device)]
+        kwargs |= {"prompt_embeds": pruned_embeds, "attention_mask": pruned_mask}
+        for name in ("mm_token_type_ids", "position_ids"):
+            kwargs.pop(name, None)
+        return pruned_ids
 
     def _given_option(
         self, generation_config: GenerationConfig | None, kwargs: Mapping[str, Any]
@@ -665,12 +1103,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         return lambda name: next((source[name] for source in sources if source.get(name) is not None), None)
 
     @staticmethod
-    def _check_generation(given: Callable[[str], Any], images: Mapping[str, Any], embeds_alone: bool) -> None:
+    def _check_generation(
+        given: Callable[[str], Any], images: Mapping[str, Any], videos: Mapping[str, Any], embeds_alone: bool
+    ) -> None:
         """Raise for options that this model, or a prompt of this kind, cannot have.
 
         Args:
             given: see `_given_option`.
-            images: the arguments that bring images, None for those that are absent.
+            images, videos: the arguments that bring images or videos, None for those that are absent.
             embeds_alone: whether the prompt is `inputs_embeds` without ids.
 
         Raises:
@@ -679,10 +1119,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         for name, reason in REFUSED_OPTIONS.items():
             if given(name) is not None and given(name) is not False:
                 raise ValueError(f"generate does not support {name}={given(name)!r}: {reason}.")
-        brought = [name for name, value in images.items() if value is not None]
-        if len(brought) > 1:
-            raise ValueError(f"Pass either {' or '.join(brought)} to generate, not both.")
-        if brought and given("cache_implementation") == "paged":
+        for sources in (images, videos):
+            brought = [name for name, value in sources.items() if value is not None]
+            if len(brought) > 1:
+                raise ValueError(f"Pass either {' or '.join(brought)} to generate, not both.")
+        if (
+            any(value is not None for value in (*images.values(), *videos.values()))
+            and given("cache_implementation") == "paged"
+        ):
             raise ValueError(
                 "generate does not support cache_implementation='paged' for a prompt with images: continuous batching "
                 "takes ids alone. Leave it out, or serve the model with vLLM (docs/serving.md)."
@@ -722,9 +1166,11 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         image_features: torch.Tensor | None,
         past_key_values: Any | None,
         inputs_embeds: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         num_placeholders: int | None = None,
     ) -> torch.Tensor | None:
-        """Embed a prompt with its images, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
+        """Embed a prompt with its images and videos, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
 
         `inputs_embeds` are embeddings that the caller made of the ids; without features they stand for the prompt.
         `num_placeholders` is how many image tokens the ids have, if that is known.
@@ -735,37 +1181,46 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
                 f"past_key_values holds {num_cached} positions, but input_ids has {input_ids.shape[1]} tokens. Pass "
                 "all ids of the conversation, the cached ones in front, and at least one new one."
             )
+        features = [own for own in (image_features, video_features) if own is not None]
         if inputs_embeds is None:
-            if image_features is None:
-                self._check_no_images(input_ids[:, num_cached:])
+            if num_placeholders is None:  # otherwise both kinds of tokens have been counted
+                self._check_absent(input_ids[:, num_cached:], image_features, video_features)
+            if not features:
                 return None
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_features is None:
+        if not features:
             return inputs_embeds
         # A caller may pass the images of the whole conversation again beside a cache that holds some of them.
         start = num_cached
         if num_cached:
-            (num_placeholders,) = _read_numbers(self._count_images(input_ids))
-            if num_placeholders == len(image_features):
+            (num_visual,) = _read_numbers(self._are_visual(input_ids).sum())
+            num_placeholders = None  # of the whole prompt; some of its images may be in the cache
+            if num_visual == sum(map(len, features)):
                 start = 0
-            else:
-                num_placeholders = None  # some of them are in the cache
+        types = None if mm_token_type_ids is None else mm_token_type_ids[:, start:]
         new_embeds = self._insert_images(
-            input_ids[:, start:], inputs_embeds[:, start:], image_features, num_placeholders
+            input_ids[:, start:], inputs_embeds[:, start:], image_features, video_features, types, num_placeholders
         )
         return torch.cat([inputs_embeds[:, :start], new_embeds], dim=1)
 
-    def _tokens_left_after(self, prompt_length: int) -> int:
-        """Return how many tokens the context window leaves for the answer to a prompt.
+    def _tokens_left_after(self, prompt_length: int, plan: "VideoPlan | None" = None) -> int:
+        """Return how many tokens the context window leaves for the answer to a prompt; `plan` is that of its videos.
 
         Raises:
             ValueError: if it leaves none.
         """
         window = self.config.max_sequence_length
         if prompt_length >= window:
+            of_videos, remedy = "", "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
+            if plan is not None:
+                of_videos = f", {sum(plan.kept)} of them for {sum(plan.frames_per_video)} frames of video"
+                remedy = (
+                    f"Take fewer frames (num_frames, fps; {plan.tokens_per_frame} tokens a frame before pruning). "
+                    + remedy
+                )
             raise ValueError(
-                f"The prompt has {prompt_length} tokens; the context of {window} tokens holds prompt and answer. "
-                "Use fewer or smaller images (max_num_tiles), a shorter text, or drop old turns."
+                f"The prompt has {prompt_length} tokens{of_videos}; the context of {window} tokens holds prompt and "
+                f"answer. {remedy}"
             )
         return window - prompt_length
 
@@ -893,6 +1348,8 @@ class NemotronVLModel:
         num_patches: torch.Tensor | Sequence[int] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        num_video_frames: torch.Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states.
@@ -902,14 +1359,12 @@ class NemotronVLModel:
         Returns:
             `last_hidden_state`: `(batch_size, sequence_length, hidden_size)`, which the head turns into logits.
         """
-        prompt, _ = self._whole._language_model_inputs(
-            input_ids,
-            inputs_embeds,
-            pixel_values,
-            image_flags,
-            num_patches,
-            mm_encoder_outputs,
-            kwargs.get("past_key_values"),
+        visual = VisualInputs(
+            *(pixel_values, num_patches, image_flags, pixel_values_videos, num_video_frames),
+            *(mm_encoder_outputs, mm_token_type_ids),
+        )
+        prompt, *_ = self._whole._language_model_inputs(
+            input_ids, inputs_embeds, visual, kwargs.get("past_key_values")
         )
         decoder = self._whole.get_decoder()
         return decoder(**prompt, attention_mask=attention_mask, return_dict=True, **kwargs)
@@ -921,6 +1376,7 @@ class Llama_Nemotron_Nano_VL(NemotronVLForConditionalGeneration, GenerationMixin
     config: NemotronVLConfig
     config_class = NemotronVLConfig
     prompt_format = V1_FORMAT
+    prunes_videos = False
     # FSDP raises an error for a class name that no module has, so each model names only its own blocks.
     _no_split_modules = ["LlamaDecoderLayer", "RADIOBlock", "RADIOPatchGenerator"]
 
@@ -982,6 +1438,7 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
     config_class = NemotronVLV2Config
     accepts_uint8_tiles = False
     prompt_format = V2_FORMAT
+    prunes_videos = True
     _no_split_modules = ["NemotronHBlock", "RADIOBlock", "RADIOPatchGenerator"]
     _is_stateful = True  # a Mamba state cannot go back, so there is no assisted decoding
 
@@ -1004,10 +1461,90 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
         high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
         return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
 
+    def _frame_recipe(self) -> dict[str, Any]:
+        return {**V2_RECIPE, "image_mean": self.config.norm_mean, "image_std": self.config.norm_std}
+
     @staticmethod
     def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:
         """Make the masks of one step of a compiled `generate`, for attention and Mamba layers."""
         return NemotronHForCausalLM.create_masks_for_generate(*args, **kwargs)
+
+
+def _dropped_of_rows(
+    frames: Sequence[int], kept: Sequence[int], tokens_per_frame: int, tokens_of_rows: Sequence[int]
+) -> list[int]:
+    """Return how many tokens of its videos each row of a batch loses.
+
+    Args:
+        frames, kept: frames of each video in order, and the tokens of it that are kept.
+        tokens_per_frame: before pruning.
+        tokens_of_rows: video tokens of each row.
+
+    Raises:
+        ValueError: if a video does not end where its row does.
+    """
+    dropped, left = [], iter(zip(frames, kept, strict=True))
+    for tokens in tokens_of_rows:
+        dropped.append(0)
+        while tokens > 0:
+            num_frames, num_kept = next(left, (sum(tokens_of_rows), 0))
+            tokens -= num_frames * tokens_per_frame
+            dropped[-1] += num_frames * tokens_per_frame - num_kept
+        if tokens:
+            raise ValueError(
+                f"num_video_frames={list(frames)} does not fit the prompts, whose rows have {list(tokens_of_rows)} video "
+                f"tokens at {tokens_per_frame} a frame. Pass what the processor returned."
+            )
+    return dropped
+
+
+def _with_prompt(output: Any, input_ids: torch.Tensor, num_pruned: int) -> Any:
+    """Return what `generate` made of a pruned prompt of `num_pruned` tokens, with the whole prompt in its place."""
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    prompts = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0).to(sequences.device)
+    sequences = torch.cat([prompts, sequences[:, num_pruned:]], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+class VisualInputs(NamedTuple):
+    """The arguments of `forward` about images and videos, as they came."""
+
+    pixel_values: torch.Tensor | None
+    num_patches: torch.Tensor | Sequence[int] | None
+    image_flags: torch.Tensor | None
+    pixel_values_videos: torch.Tensor | None
+    num_video_frames: torch.Tensor | Sequence[int] | None
+    mm_encoder_outputs: Mapping[str, BaseModelOutputWithPooling] | None
+    mm_token_type_ids: torch.Tensor | None
+
+
+class VideoPlan(NamedTuple):
+    """The videos of a prompt, and what is kept of them.
+
+    Attributes:
+        frames_per_video: frames of each video.
+        tokens_per_frame: visual tokens of a frame, before pruning.
+        pruning_rate: 0 if nothing is pruned.
+        kept: tokens of each video that are kept.
+        videos: bool `(batch_size, sequence_length)`, the tokens of videos.
+        attended: bool `(batch_size, sequence_length)`, all but the padding at the beginning.
+        prompt_length: tokens of the longest row after pruning, without padding; without pruning those of the batch.
+    """
+
+    frames_per_video: list[int]
+    tokens_per_frame: int
+    pruning_rate: float
+    kept: list[int]
+    videos: torch.Tensor
+    attended: torch.Tensor
+    prompt_length: int
+
+    @property
+    def prunes(self) -> bool:
+        return self.pruning_rate > 0
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -1111,11 +1648,12 @@ def _begins_prompt(input_ids: torch.Tensor, past_key_values: Any | None) -> bool
     return input_ids.shape[1] > 1 and not torch.compiler.is_compiling() and _num_cached(past_key_values) == 0
 
 
-def _check_counts(num_placeholders: torch.Tensor | int, num_features: int) -> None:
-    """Raise if the prompt's image tokens and the images' features differ in number."""
+def _check_counts(num_placeholders: torch.Tensor | int, num_features: int, kind: str = "image") -> None:
+    """Raise if the prompt's tokens of images, or of videos, and their features differ in number."""
+    pixels, token = ("pixel_values", IMAGE_TOKEN) if kind == "image" else ("pixel_values_videos", VIDEO_TOKEN)
     message = (
-        "The prompt has {} image tokens, but the images give {} features. Build input_ids and pixel_values with the "
-        "same processor call, and pass the images of every <image> in the prompt."
+        f"The prompt has {{}} {kind} tokens, but the {kind}s give {{}} features. Build input_ids and {pixels} with the "
+        f"same processor call, and pass the {kind}s of every {token} in the prompt."
     )
     if torch.compiler.is_compiling():
         torch._assert_async(num_placeholders == num_features, message.format("a different number of", num_features))
@@ -1123,10 +1661,10 @@ def _check_counts(num_placeholders: torch.Tensor | int, num_features: int) -> No
         raise ValueError(message.format(int(num_placeholders), num_features))
 
 
-def _check_pixel_range(extremes: list[float] | None, lowest: float, highest: float, remedy: str) -> None:
+def _check_pixel_range(name: str, extremes: list[float] | None, lowest: float, highest: float, remedy: str) -> None:
     """Raise for tiles with values that the model's own image processor never makes."""
     if extremes is not None and not (extremes[0] >= lowest and extremes[1] <= highest):
-        raise ValueError(f"pixel_values lie in {extremes[0]:.3f}..{extremes[1]:.3f}, but {remedy}.")
+        raise ValueError(f"{name} lie in {extremes[0]:.3f}..{extremes[1]:.3f}, but {remedy}.")
 
 
 Llama_Nemotron_Nano_VL.register_for_auto_class("AutoModel")

@@ -23,9 +23,9 @@ except ImportError:  # see triton_kernels
 MAX_ROWS = 4
 FORMATS = ("NVFP4", "FP8", "W4A16_AWQ", "AWQ GEMM")
 HARDWARE_E4M3 = (8, 9)  # the first compute capability that has an instruction for e4m3
-# Outputs and inputs of a program at once, by the number of rows: as many as fit the registers.
+# Outputs and inputs of a program at once, by the number of rows: as many as fit the registers; in float32 half the inputs.
 NVFP4_TILES = {1: (8, 4096), 2: (8, 2048), 4: (4, 2048)}
-FP8_TILES = {1: (8, 2048), 2: (8, 2048), 4: (4, 2048)}
+FP8_TILES = {1: (4, 4096), 2: (4, 2048), 4: (4, 2048)}
 AWQ_PAIRS = 32  # of outputs
 AWQ_GROUPS = (32, 64, 128)  # inputs that share a scale
 GEMM_INPUTS, GEMM_WORDS = 32, 16  # of a program at once; a word has eight outputs
@@ -495,6 +495,7 @@ def _launch(format_name: str, rows: torch.Tensor, stored: list[torch.Tensor]) ->
             kernel, tiles = (_nvfp4_kernel, NVFP4_TILES) if format_name == "NVFP4" else (_fp8_kernel, FP8_TILES)
             shared = 1 << (num_rows - 1).bit_length()  # rows that share one decoding: 1, 2 or 4
             most, block_inputs = tiles[shared]
+            block_inputs //= 2 if rows.dtype == torch.float32 else 1
             block_outputs = outputs_per_program(num_outputs, most, num_multiprocessors)
             has_hardware = rows.device.type == "cuda" and capability(rows.device) >= HARDWARE_E4M3
             constants = (shared, block_outputs, block_inputs, has_hardware)

@@ -25,8 +25,9 @@ from transformers.utils import is_accelerate_available, logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import TORCH_DTYPES, Checkpoint, TensorHeader
-from .cpu_matmul import has_product, multiply_on_cpu, unpack_on_cpu
+from .cpu_matmul import has_product, multiply_on_cpu, runs_on_cpu, unpack_on_cpu
 from .packed_matmul import has_kernel, multiply_packed
+from .torch_int4 import can_convert, convert, has_int4_product, multiply_int4, restore, unpack_int4
 
 if is_accelerate_available():
     from accelerate import dispatch_model, infer_auto_device_map
@@ -288,10 +289,23 @@ def decode(
     dtype: torch.dtype,
     num_outputs: int,
     span: range | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute the weight that the stored tensors mean, `(num_outputs, in_features)`, or its rows in `span`."""
+    """Compute the weight that the stored tensors mean.
+
+    Args:
+        stored: the format.
+        tensors: the stored tensors of the layer.
+        dtype: of the result.
+        num_outputs: of the layer.
+        span: the outputs whose weights are wanted, all by default.
+        out: an earlier result of the same shape and dtype that may be overwritten.
+
+    Returns:
+        `(len(span), in_features)`.
+    """
     span = span or range(num_outputs)
-    weight = unpack_on_cpu(stored.name, tensors, dtype, span)
+    weight = unpack_on_cpu(stored.name, tensors, dtype, span, out)
     if weight is not None:
         return weight
     if len(span) < num_outputs:
@@ -304,18 +318,24 @@ def decode(
     return stored.decode(tensors, dtype)
 
 
+def _as_stored(tensors: dict[str, torch.Tensor], converted: bool) -> dict[str, torch.Tensor]:
+    """Return the tensors of a layer as they are in the file, also if `torch_int4` has converted them."""
+    return tensors | {"qweight": restore(tensors["qweight"])} if converted else tensors
+
+
 class _PackedMatmul(torch.autograd.Function):
     """Computes `hidden_states @ weight.T`, and keeps only the packed weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, layer: "PackedLinear") -> torch.Tensor:
         # Keep the tensors and not the layer, because hooks may have replaced its tensors before the backward pass.
-        ctx.format, ctx.tensors = layer.format, layer.packed_tensors()
+        ctx.format, ctx.tensors, ctx.converted = layer.format, layer.own_tensors(), layer.int4_scales is not None
         return layer.multiply(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ decode(ctx.format, ctx.tensors, gradient.dtype, gradient.shape[-1]), None
+        tensors = _as_stored(ctx.tensors, ctx.converted)
+        return gradient @ decode(ctx.format, tensors, gradient.dtype, gradient.shape[-1]), None
 
 
 class PackedLinear(nn.Linear):
@@ -342,22 +362,61 @@ class PackedLinear(nn.Linear):
         self.bias = linear.bias
         self._is_hf_initialized = True  # transformers must not draw random bytes for weights offloaded to disk
         self.compute_dtype: torch.dtype | None = None  # the dtype of peft's adapters; that of the weight may be float8
+        self.int4_scales: torch.Tensor | None = None  # if `qweight` has its codes in the order of torch's operator
 
-    def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the stored tensors by the last part of their names."""
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the packed tensors by the last part of their names, those of `torch_int4` as it has converted them."""
         return {key: self._parameters[key].detach() for key in self.packed_names}
 
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the packed tensors as they are stored, by the last part of their names."""
+        return _as_stored(self.own_tensors(), self.int4_scales is not None)
+
+    def convert(self) -> None:
+        """Bring AWQ codes into the order of torch's int4 operator, where that one is the fastest way to multiply."""
+        if (
+            self.format.name == "AWQ GEMM"
+            and self.int4_scales is None
+            and self.compute_dtype == torch.bfloat16
+            and can_convert(self.own_tensors())
+            and not runs_on_cpu()
+        ):
+            codes, self.int4_scales = convert(self.own_tensors())
+            self.qweight = nn.Parameter(codes, requires_grad=False)
+
+    def restore(self) -> None:
+        """Bring the codes back into the stored order."""
+        if self.int4_scales is not None:
+            self.qweight = nn.Parameter(self.packed_tensors()["qweight"], requires_grad=False)
+            self.int4_scales = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.int4_scales is not None:
+            destination[prefix + "qweight"] = self.packed_tensors()["qweight"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        was_converted = self.int4_scales is not None
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_converted:
+            self.convert()
+
     @torch.no_grad()
-    def dequantized_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight, `(out_features, in_features)`."""
-        return decode(self.format, self.packed_tensors(), dtype, self.out_features)
+    def dequantized_weight(
+        self, dtype: torch.dtype, span: range | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the weight, `(out_features, in_features)`, or the rows in `span`; arguments as `decode` takes them."""
+        if self.int4_scales is not None:
+            return unpack_int4(self.own_tensors(), dtype, span or range(self.out_features))
+        return decode(self.format, self.own_tensors(), dtype, self.out_features, span, out)
 
     def _spans(self, device: torch.device) -> list[range]:
         """Return the ranges of outputs that are dequantised one after the other: several on a CPU."""
         count = 1
         if device.type == "cpu":
-            num_weights = self.out_features * self.in_features
-            while num_weights > count * CPU_CHUNK_WEIGHTS and self.out_features % (16 * count) == 0:
+            num_weights, multiple = self.out_features * self.in_features, 16 if self.int4_scales is None else 64
+            while num_weights > count * CPU_CHUNK_WEIGHTS and self.out_features % (multiple * count) == 0:
                 count *= 2
         size = self.out_features // count
         return [range(index * size, (index + 1) * size) for index in range(count)]
@@ -365,16 +424,18 @@ class PackedLinear(nn.Linear):
     @torch.no_grad()
     def multiply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute `hidden_states @ weight.T`; a CPU dequantises large weights in parts, never as a whole."""
-        tensors = self.packed_tensors()
-        if has_product(self.format.name, hidden_states, tensors):
-            return multiply_on_cpu(self.format.name, hidden_states, tensors)
-        outputs = [
-            nn.functional.linear(
-                hidden_states, decode(self.format, tensors, hidden_states.dtype, self.out_features, span)
-            )
-            for span in self._spans(hidden_states.device)
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if has_int4_product(hidden_states, self.int4_scales):
+            return multiply_int4(hidden_states, self.qweight, self.int4_scales)
+        if self.int4_scales is None and has_product(self.format.name, hidden_states, self._parameters):
+            return multiply_on_cpu(self.format.name, hidden_states, self.own_tensors())
+        spans, weight = self._spans(hidden_states.device), None
+        if len(spans) == 1:
+            return nn.functional.linear(hidden_states, self.dequantized_weight(hidden_states.dtype))
+        outputs = hidden_states.new_empty(*hidden_states.shape[:-1], self.out_features)
+        for span in spans:
+            weight = self.dequantized_weight(hidden_states.dtype, span, weight)
+            outputs[..., span.start : span.stop] = nn.functional.linear(hidden_states, weight)
+        return outputs
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         device_type = hidden_states.device.type
@@ -391,6 +452,10 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
         """Move with the model, but keep the stored dtypes: `model.to(dtype)` changes only the computation."""
+        if self.int4_scales is not None:
+            probe = fn(torch.empty(0, dtype=torch.bfloat16, device="cpu"))
+            if (probe.device.type, probe.dtype) != ("cpu", torch.bfloat16):
+                self.restore()
         packed = {id(self._parameters[key]) for key in self.packed_names}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -576,6 +641,12 @@ def describe_formats(model: nn.Module) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": quant_algo, "ignore": ignore}
 
 
+def convert_linears(model: nn.Module) -> None:
+    """Convert the AWQ layers of a loaded model for torch's int4 operator, one after the other, where it is needed."""
+    for _, layer in packed_linears(model):
+        layer.convert()
+
+
 def unpack_linears(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace the packed layers of a loaded model by plain ones.
 
@@ -658,7 +729,7 @@ def prepare_loading(
         "headers": checkpoint.headers,
     }
     if not dequantize:
-        return kwargs, _leave
+        return kwargs, convert_linears
     placement = _take_placement(kwargs)
 
     def dequantize_and_place(model: nn.Module) -> None:

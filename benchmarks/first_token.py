@@ -48,8 +48,8 @@ def main() -> None:
     def ours() -> int:
         attend("sdpa")
         tiles = processor(image, do_rescale=False)["pixel_values"]
-        run = [image_run(len(tiles), 256)]
-        ids = model_ids(encode_prompt(tokenizer, prompt, run, own_id).input_ids)
+        runs = {IMAGE_TOKEN: [image_run(len(tiles), 256)]}
+        ids = model_ids(encode_prompt(tokenizer, prompt, runs, own_id).input_ids)
         return int(model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=tiles, **ONE_TOKEN)[0, -1])
 
     require_equal([published(), ours()])

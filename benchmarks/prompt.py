@@ -38,7 +38,9 @@ def main() -> None:
         return tokenizer(prompt.replace(IMAGE_TOKEN, run, 1), add_special_tokens=False)["input_ids"]
 
     def spliced(prompt: str) -> list[int]:
-        return encode_prompt(tokenizer, prompt, [image_run(NUM_TILES, TOKENS_PER_TILE)], token_id).input_ids
+        return encode_prompt(
+            tokenizer, prompt, {IMAGE_TOKEN: [image_run(NUM_TILES, TOKENS_PER_TILE)]}, token_id
+        ).input_ids
 
     def chat() -> list[int]:
         return build_chat_prompts(

@@ -1,8 +1,13 @@
-"""Load time, memory and speed of every weight format, packed and dequantised, on nano and a model of 1 B parameters.
+"""Load time, memory and speed of every weight format, packed and dequantised: products of one layer, and two models.
 
-    python -m benchmarks.quantized                         # both models, one CPU thread
+    python -m benchmarks.quantized                         # products, nano and a model of 1 B, one CPU thread
+    python -m benchmarks.quantized --models products       # products alone: seconds a row of 14336 x 4096 and others
     python -m benchmarks.quantized --models nano --steps 20
-    python -m benchmarks.quantized --device cuda           # the same on a GPU
+    python -m benchmarks.quantized --models nano middle --device cuda  # the models on a GPU
+
+The products multiply 1 and 512 rows by random weights of the 8B's shapes in every way that this machine has, in turn,
+and print million weights a second (best and median, processor time of one thread; the last column is the clock with
+all threads), the time as a multiple of the dense bfloat16 product, and the relative error against float64.
 
 The middle model has the decoder of Llama 3.2 1B, random weights and a small tower; nano is the repository's.
 Checkpoints of every format are made with `tools.quantize` (without calibration: it does not change speed) in a
@@ -24,9 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from nemotron_vl import torch_int4
 from nemotron_vl.configuration_nemotron_vl import LLAMA_3_1_8B, NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 
@@ -122,6 +129,72 @@ def measure(checkpoint: Path, dequantize: bool, dtype: str, device: str, prompt:
     }
 
 
+SHAPES = ((14336, 4096), (4096, 4096), (4096, 14336))
+
+
+def product_layers(rows: int, columns: int) -> dict[str, tuple[Any, torch.Tensor]]:
+    """Return every way to multiply by one random weight: name -> (layer, the float64 weight that it means)."""
+    linear = torch.nn.Linear(columns, rows, bias=False, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(rows, 1, generator=generator).exp()  # scales of one size would all be rounded alike
+    linear.weight = torch.nn.Parameter(0.02 * spread * torch.randn(rows, columns, generator=generator))
+    encoders = {"nvfp4": quantize.encode_nvfp4, "fp8": quantize.encode_fp8, "awq": quantize.encode_awq_gemm}
+    ways: dict[str, tuple[Any, torch.Tensor]] = {}
+    for name, encode in encoders.items():
+        layer = quantize.make_packed_linear(linear, quantize.FORMAT_NAMES[name], encode(linear.weight.detach()))
+        weight = layer.dequantized_weight(torch.float32)
+        ways[name] = layer, weight
+        ways[f"{name} dequantised"] = layer.unpacked(torch.bfloat16), weight
+    layer = quantize.make_packed_linear(linear, "AWQ GEMM", encoders["awq"](linear.weight.detach()))
+    if torch_int4.can_convert(layer.own_tensors()):
+        codes, layer.int4_scales = torch_int4.convert(layer.own_tensors())
+        layer.qweight = torch.nn.Parameter(codes, requires_grad=False)
+        ways["awq by torch's int4 operator"] = layer, ways["awq"][1]  # the way without a C compiler
+    return ways
+
+
+@torch.no_grad()
+def measure_products(num_rows: int, rounds: int) -> list[dict[str, object]]:
+    """Time the products of all shapes in interleaved rounds: on one thread, and at last on all."""
+    found = []
+    for rows, columns in SHAPES:
+        ways = product_layers(rows, columns)
+        inputs = torch.randn(num_rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for layer, _ in ways.values():
+            layer(inputs)
+        for _ in range(rounds):
+            for name, (layer, _) in ways.items():
+                start = time.thread_time()
+                layer(inputs)
+                times[name].append(time.thread_time() - start)
+        dense = statistics.median(times["nvfp4 dequantised"])
+        for name, (layer, weight) in ways.items():
+            exact = inputs[:16].double() @ weight.double().t()
+            torch.set_num_threads(os.cpu_count() or 1)
+            walls = [timed_by_clock(layer, inputs) for _ in range(3)]
+            torch.set_num_threads(1)
+            found.append(
+                {
+                    "shape": f"{rows} x {columns}",
+                    "rows": num_rows,
+                    "way": name,
+                    "million_weights_per_second": round(rows * columns / min(times[name]) / 1e6),
+                    "median": round(rows * columns / statistics.median(times[name]) / 1e6),
+                    "times_dense": round(statistics.median(times[name]) / dense, 3),
+                    "error": round(float((layer(inputs[:16]).double() - exact).norm() / exact.norm()), 6),
+                    "clock_all_threads": round(rows * columns / min(walls) / 1e6),
+                }
+            )
+    return found
+
+
+def timed_by_clock(layer: torch.nn.Module, inputs: torch.Tensor) -> float:
+    start = time.perf_counter()
+    layer(inputs)
+    return time.perf_counter() - start
+
+
 def variants(dtypes: list[str]) -> list[tuple[str, str, bool, str]]:
     """(name, checkpoint, dequantize, dtype) of every row."""
     rows = [(f"plain {dtype}", "plain", False, dtype) for dtype in ("float32", "bfloat16")]
@@ -148,7 +221,9 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=("nano", "middle"), default=["nano", "middle"])
+    parser.add_argument(
+        "--models", nargs="+", choices=("products", "nano", "middle"), default=["products", "nano", "middle"]
+    )
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16"])
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=6)
@@ -177,7 +252,12 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     rows = []
+    for num_rows, rounds in ((1, 15), (512, 3)) if "products" in options.models else ():
+        for product in measure_products(num_rows, rounds):
+            print(json.dumps(conditions | {"load_average": round(os.getloadavg()[0], 1)} | product), flush=True)
     for model in options.models:
+        if model == "products":
+            continue
         with tempfile.TemporaryDirectory() as folder:
             make_checkpoints(model, Path(folder))
             for name, checkpoint, dequantize, dtype in variants(options.dtypes):
@@ -189,7 +269,8 @@ def main() -> None:
                     raise RuntimeError(f"{model}, {name} failed:\n{finished.stderr[-2000:]}")
                 rows.append({"model": model, "weights": name} | json.loads(finished.stdout.splitlines()[-1]))
                 print(json.dumps(conditions | rows[-1]), flush=True)
-    print(markdown(rows))
+    if rows:
+        print(markdown(rows))
 
 
 if __name__ == "__main__":

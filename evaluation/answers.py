@@ -95,8 +95,11 @@ def prompt_digest(messages: list[dict], settings: dict[str, Any]) -> str:
             if isinstance(value, Image.Image):
                 digest.update(f"{value.mode} {value.size}".encode())
                 digest.update(np.asarray(value).tobytes())
-            else:
-                digest.update(str(value).encode())
+            elif part["type"] == "text":
+                digest.update(value.encode())
+            else:  # the path of a film, which may lie elsewhere next time
+                path = Path(value)
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -113,6 +116,15 @@ def checkpoint_digest(folder: Path) -> str:
             for index in range(SAMPLES_PER_FILE):
                 file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES_PER_FILE - 1))
                 digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def files_digest(folder: Path) -> str:
+    """Return a digest of the names, sizes and times of the files below a folder."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found = path.stat()
+        digest.update(f"\0{path.relative_to(folder)} {found.st_size} {found.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -150,13 +162,15 @@ class KeepsAnswers:
     def _key(self, request: Any) -> Key:
         _, doc_to_messages, settings, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        request.num_images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        kinds = [part["type"] for message in messages for part in message["content"]]
+        request.num_images, request.has_video = kinds.count("image"), "video" in kinds
         return Key(task, doc_id, self._style, prompt_digest(messages, settings))
 
     def _batches(self, missing: dict[Key, Any]) -> Iterator[list[tuple[Key, Any]]]:
-        """Yield batches; a sample with several images has one to itself, because they share the tiles."""
-        alone = [member for member in missing.items() if member[1].num_images > 1]
-        others = [member for member in missing.items() if member[1].num_images <= 1]
+        """Yield batches; a sample with several images, which share the tiles, or a film has one to itself."""
+        alone = [member for member in missing.items() if member[1].num_images > 1 or member[1].has_video]
+        keys_alone = {key for key, _ in alone}
+        others = [member for member in missing.items() if member[0] not in keys_alone]
         for start in range(0, len(others), int(self.batch_size)):
             yield others[start : start + int(self.batch_size)]
         yield from ([member] for member in alone)

@@ -76,8 +76,8 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "calibration_error_before": round(calibration_error(before, right), 4),
         "calibration_error": round(calibration_error(after, right), 4),
-        "reliability_before": reliability(before, right),
-        "reliability": reliability(after, right),
+        "reliability_before": reliability(before, right, bins=5),
+        "reliability": reliability(after, right, bins=5),
     }
 
 
@@ -117,7 +117,7 @@ def plot(report: dict[str, Any], out: Path) -> None:
         xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence of a value", ylabel="share of these values that are right"
     )
     axes.set_title(f"{report['values']} values, AUROC {report['auroc']:.3f}", fontsize=10)
-    axes.legend(loc="upper left", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import ROOT
-from evaluation.answers import AnswerFile, KeepsAnswers, checkpoint_digest
+from evaluation.answers import AnswerFile, KeepsAnswers, checkpoint_digest, files_digest
 from evaluation.scorers import CATEGORY_OF_TYPE, ocrbench_v2_overall
 from evaluation.tables import paired_difference, table
 from tools.command_line import prepare, progress, require_checkpoint, require_directory, sentence_of
@@ -54,6 +54,7 @@ BENCHMARKS = {
     "chartqa": Benchmark("ChartQA test", "within 5 %", {"8B": 86.3, "12B": 89.7}),
     "ai2d": Benchmark("AI2D test", "option, no judge", {"8B": 84.8, "12B": 87.1}),
     "mmmu": Benchmark("MMMU val", "option, no judge", {"8B": 48.2}, "the card used ChatGPT as judge"),
+    "videomme": Benchmark("Video-MME", "first letter of A to D", {"8B": 49.2}, "one tile a frame"),
 }
 OCRBENCH_V2_CARDS = {"en": {"8B": 60.1, "12B": 62.0}, "cn": {"8B": 37.9}}
 # The width of the language model tells the published models from smaller ones, which no card describes.
@@ -104,6 +105,8 @@ def transformers_model(folder: Path, arguments: argparse.Namespace) -> Any:
         model.processor.image_processor.max_num_tiles = arguments.max_num_tiles
     if arguments.upscale is not None:
         model.processor.image_processor.upscale = arguments.upscale
+    if arguments.num_frames is not None:
+        model.processor.image_processor.num_frames = arguments.num_frames  # films have its options
     return model
 
 
@@ -167,6 +170,7 @@ def with_code(checkpoint: Path) -> Iterator[Path]:
 
 def evaluate(model: Any, task: str, style: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Ask the questions of a benchmark; return lmms-eval's results, on the first process alone."""
+    from datasets.config import HF_DATASETS_CACHE
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -178,6 +182,11 @@ def evaluate(model: Any, task: str, style: str, arguments: argparse.Namespace) -
         data_set = arguments.data / manager._get_config(name)["dataset_path"]
         require_directory(data_set)
         config["dataset_path"] = str(data_set)
+        # datasets takes a folder of the same name for the same data, whatever it holds.
+        if "dataset_kwargs" in manager._get_config(name):  # nothing to download and unpack
+            config["dataset_kwargs"] = {}
+            os.environ.setdefault("VIDEOMME_VIDEOS", str(data_set / "data"))
+        os.environ["HF_DATASETS_CACHE"] = str(Path(HF_DATASETS_CACHE) / f"nemotron-vl-{files_digest(data_set)}")
     if arguments.max_new_tokens:
         config["generation_kwargs"] = {
             "max_new_tokens": arguments.max_new_tokens,
@@ -354,6 +363,7 @@ def describe(arguments: argparse.Namespace, folder: Path, model: Any) -> dict[st
         tiling = {"max_num_tiles": arguments.max_num_tiles or "the checkpoint's number of", "upscale": 1}
     else:
         tiling = {name: getattr(processor.image_processor, name) for name in ("max_num_tiles", "upscale")}
+        tiling["num_frames"] = processor.video_processor.num_frames or "default"
     return {
         "checkpoint": arguments.checkpoint.resolve().name,
         "model": model_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
@@ -474,6 +484,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, help="(8; on a CPU 1)")
     parser.add_argument("--max-num-tiles", type=positive, help="of a sample (the checkpoint's)")
     parser.add_argument("--upscale", type=int, choices=(1, 2), help="enlarge images before tiling (the checkpoint's)")
+    parser.add_argument("--num-frames", type=positive, help="of a film (the checkpoint's: 16 for the 8B)")
     parser.add_argument("--max-new-tokens", type=positive, help="of an answer (each benchmark's own)")
     arguments = parser.parse_args(argv)
     if sum(value is not None for value in (arguments.checkpoint, arguments.answers, arguments.compare)) != 1:

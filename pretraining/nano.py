@@ -71,6 +71,7 @@ def build_model(
         projector_hidden_size=512,
         img_context_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         max_sequence_length=4096,
+        task_specific_params={"markdown": {"prompt": "Transcribe the page."}},  # what reading asks for a whole page
     )
     return Llama_Nemotron_Nano_VL(config).float()
 

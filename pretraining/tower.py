@@ -38,6 +38,7 @@ from pretraining.common import (
     prepare_torch,
     run_parser,
     set_learning_rate,
+    share,
 )
 from pretraining.nano import build_model
 from pretraining.random_text import random_page
@@ -49,7 +50,12 @@ PATCHES = 2 * SIDE  # along a tile
 TILE = 512
 DIGITS = list(range(16, 26))  # their classes
 NEIGHBOURS = [(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1) if (x, y) != (0, 0)]
-FREQUENCIES = (0.21, 0.55, 0.97, 1.46, 2.02, 2.71)  # radians a patch; their sum of cosines has one high peak
+# Radians a patch, across and down: their sum of cosines is 11 where a head looks, and nowhere else above 7.6.
+FREQUENCIES = ((0.1, 0.92, 1.24, 1.38, 1.78, 2.99), (0.33, 1.53, 2.05, 2.6, 2.8))
+NUM_WAVES = sum(map(len, FREQUENCIES))
+NUM_PLACES = 24  # dimensions of the width: sine and cosine of each frequency, a constant, and one that stays empty
+THRESHOLD = 0.83 * NUM_WAVES
+PLACE_SCALE, SHARPNESS = 3.0, 4.0
 
 
 class GlyphTower(nn.Module):
@@ -126,6 +132,12 @@ def gather_neighbours(attention: nn.Module, hidden: torch.Tensor, around: torch.
     return attention.proj(seen.flatten(2))
 
 
+def waves_of(frequencies: tuple[float, ...]) -> torch.Tensor:
+    """Return sine and cosine of each frequency at each place along a tile, `(32, 2 * num_frequencies)`."""
+    angles = torch.arange(PATCHES)[:, None] * torch.tensor(frequencies)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+
 @torch.no_grad()
 def look_at_neighbours(tower: GlyphTower, patches: torch.Tensor) -> None:
     """Set initial weights with which each head of each block attends to one neighbouring patch.
@@ -140,14 +152,15 @@ def look_at_neighbours(tower: GlyphTower, patches: torch.Tensor) -> None:
     model = tower.vision_model.radio_model.model
     generator = model.patch_generator
     width = generator.pos_embed.shape[-1]
-    num_places = 4 * len(FREQUENCIES)
-    num_contents = width - num_places
-    angles = torch.arange(PATCHES)[:, None] * torch.tensor(FREQUENCIES)
-    waves = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (32, 2 * frequencies)
+    num_contents = width - NUM_PLACES
+    across, down = (waves_of(frequencies) for frequencies in FREQUENCIES)
     table = torch.zeros(PATCHES, PATCHES, width)
-    table[..., num_contents : num_contents + waves.shape[1]] = 3 * waves[None]
-    table[..., num_contents + waves.shape[1] :] = 3 * waves[:, None]
+    table[..., num_contents : num_contents + across.shape[1]] = PLACE_SCALE * across[None]
+    table[..., num_contents + across.shape[1] : num_contents + 2 * NUM_WAVES] = PLACE_SCALE * down[:, None]
+    table[..., num_contents + 2 * NUM_WAVES] = PLACE_SCALE
     generator.pos_embed.copy_(table.flatten(0, 1)[None])
+    generator.cls_token.token.zero_()  # far below the threshold of every query
+    generator.cls_token.token[:, num_contents + 2 * NUM_WAVES] = PLACE_SCALE
 
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     order = values.argsort(descending=True)[:num_contents]
@@ -160,14 +173,17 @@ def look_at_neighbours(tower: GlyphTower, patches: torch.Tensor) -> None:
         qkv[:2] = 0
         block.attn.qkv.bias.zero_()
         for head, offset in enumerate(NEIGHBOURS):
-            for axis, delta in enumerate(offset):
-                for index, frequency in enumerate(FREQUENCIES):
-                    row = 2 * (axis * len(FREQUENCIES) + index)
-                    column = num_contents + row
-                    cos, sin = np.cos(frequency * delta), np.sin(frequency * delta)
-                    qkv[1, head, row, column] = qkv[1, head, row + 1, column + 1] = 3
-                    qkv[0, head, row, column], qkv[0, head, row, column + 1] = 3 * cos, 3 * sin
-                    qkv[0, head, row + 1, column], qkv[0, head, row + 1, column + 1] = -3 * sin, 3 * cos
+            turns = [(frequency, delta) for axis, delta in enumerate(offset) for frequency in FREQUENCIES[axis]]
+            for index, (frequency, delta) in enumerate(turns):
+                row, column = 2 * index, num_contents + 2 * index
+                cos, sin = np.cos(frequency * delta), np.sin(frequency * delta)
+                qkv[1, head, row, column] = qkv[1, head, row + 1, column + 1] = SHARPNESS
+                qkv[0, head, row, column], qkv[0, head, row, column + 1] = SHARPNESS * cos, SHARPNESS * sin
+                qkv[0, head, row + 1, column], qkv[0, head, row + 1, column + 1] = -SHARPNESS * sin, SHARPNESS * cos
+            # Normalisation makes the keys of empty patches long; with a threshold they are long away from the query.
+            constant = 2 * NUM_WAVES
+            qkv[1, head, constant, num_contents + constant] = SHARPNESS
+            qkv[0, head, constant, num_contents + constant] = -SHARPNESS * THRESHOLD
             content = torch.empty(qkv.shape[2], num_contents)
             nn.init.orthogonal_(content)
             qkv[2, head, :, :num_contents] = content
@@ -195,8 +211,9 @@ class Anchors:
 
     def __init__(self, tower: GlyphTower):
         model = tower.vision_model.radio_model.model
-        places = slice(-4 * len(FREQUENCIES), None)
-        anchored = [model.patch_generator.pos_embed, model.patch_generator.embedder.weight[places]]
+        places = slice(-NUM_PLACES, None)
+        generator = model.patch_generator
+        anchored = [generator.pos_embed, generator.cls_token.token, generator.embedder.weight[places]]
         for block in model.blocks:
             width = block.attn.proj.weight.shape[0]
             anchored += [block.attn.qkv.weight[: 2 * width], block.attn.qkv.bias[: 2 * width]]
@@ -342,6 +359,7 @@ def main() -> None:
     parser.add_argument("--strip", type=int, default=8, help="height of strips in patches of 16 px; 32: whole tiles")
     parser.add_argument("--max-num-tiles", type=int, default=2)
     parser.add_argument("--random-text", type=float, default=0.5, help="share of pages of random text")
+    parser.add_argument("--tilted", type=share, default=0.3, help="share of tilted pages; half as many in perspective")
     parser.add_argument("--measure-every", type=float, default=5, help="minutes")
     parser.add_argument("--free-attention", action="store_true", help="train also where heads look")
     add_size_options(parser)
@@ -368,7 +386,9 @@ def main() -> None:
         look_at_neighbours(tower, patches[patches.std(-1) > 0.2])
         if arguments.start_from:
             silence(tower)  # blocks that the earlier run lacks change nothing at first
+            anchors = Anchors(tower)
             load_weights(tower, arguments.start_from / "model.safetensors", "tower.")
+            anchors.restore()
     run.log({key: str(value) for key, value in vars(arguments).items()})
     train(tower, strips, run, arguments, teacher)
 
@@ -384,7 +404,8 @@ def train(
     while run.progress < 1:
         set_learning_rate(optimizers, run.progress, run.steps_since_start)
         degradation = 1.0 if arguments.start_from else min(1.0, 0.2 + run.state["step"] / 1500)
-        look = Look(degradation=degradation, tilted=0.3 * degradation, photographed=0.15 * degradation)
+        tilted = arguments.tilted * degradation
+        look = Look(degradation=degradation, tilted=tilted, photographed=tilted / 2)
         pixels, tokens, patches, rows, cells = strips.batch(arguments.batch_size, run.first_seed(arguments), look)
         with precision(arguments):
             visual_tokens, token_logits, patch_logits = tower(pixels, rows)

@@ -9,19 +9,29 @@ if "nemotron_vl" not in sys.modules:
     import tools  # noqa: F401  (makes the root importable as nemotron_vl)
 
 from .boxes import Box, draw_boxes, parse_boxes
+from .engines import ChatServer, InProcess, RayWorkers, Server
 from .extraction import Extraction, ExtractionError, PageValues, Value, extract, merge_pages, page_values
+from .pages import Task
+from .run import Run, read
 from .schema import Fields
 
 __all__ = [
     "Box",
+    "ChatServer",
     "Extraction",
     "ExtractionError",
     "Fields",
+    "InProcess",
     "PageValues",
+    "RayWorkers",
+    "Run",
+    "Server",
+    "Task",
     "Value",
     "draw_boxes",
     "extract",
     "merge_pages",
     "page_values",
     "parse_boxes",
+    "read",
 ]

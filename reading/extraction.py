@@ -6,14 +6,16 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from nemotron_vl.answers import confidence
 from nemotron_vl.chat import DEFAULT_MAX_NEW_TOKENS, Answer
-from nemotron_vl.image_processing import load_image
+from nemotron_vl.pictures import is_page, open_document
 
 from .confidence import Leaf, read_json, spelled_by
 from .grammar import Grammar, grammar_tokenizer, is_plain, json_grammar, plain_value, text_grammar
@@ -119,6 +121,8 @@ def extract(
     document: Any,
     schema: Any,
     *,
+    pages: str | Iterable[int] | None = None,
+    password: str | None = None,
     instructions: str = INSTRUCTIONS,
     question_per_field: bool | None = None,
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
@@ -131,9 +135,12 @@ def extract(
 
     Args:
         model, processor: of one checkpoint.
-        document: an image, or the list of its pages.
+        document: a PDF, an image or another document (see `open_document`), or a list of them, whose pages follow one
+            another. A page is rendered when it is read.
         schema: what to read: a JSON Schema of an object, a pydantic class, or a list of names. docs/fields.md says
             which keywords can be held, and what becomes of values that the page lacks.
+        pages, password: which pages of the document, such as "1-3,7", and the password of an encrypted one. A page of
+            a `Value` counts the pages that are read, from 1 on.
         instructions: what the model is told before the schema.
         question_per_field: ask one short question for each scalar field instead of once for the whole object. None
             does so if the checkpoint's generation_config has `absent_answer`: the words in which a model that was
@@ -153,8 +160,8 @@ def extract(
         ExtractionError: if no valid object came out, mostly because an answer needs more than `max_new_tokens`.
     """
     fields = schema if isinstance(schema, Fields) else Fields.of(schema)
-    pages = [load_image(page) for page in (document if isinstance(document, (list, tuple)) else [document])]
-    if not pages:
+    images = _pages_of(document, pages, password)
+    if not images:
         raise ValueError("The document has no pages.")
     options = {
         "do_sample": False,
@@ -164,14 +171,25 @@ def extract(
     asker = _Asker(model, processor, instructions, stop_loops, options, image_options)
     if question_per_field is None:
         question_per_field = asker.absent_answer is not None
-    asked = fields.asked if len(pages) == 1 else fields.for_one_of_several_pages()
+    asked = fields.asked if len(images) == 1 else fields.for_one_of_several_pages()
     if question_per_field:
-        found = [asker.ask_field_by_field(fields, page, number, asked) for number, page in enumerate(pages, 1)]
+        found = [asker.ask_field_by_field(fields, page, number, asked) for number, page in enumerate(images, 1)]
     else:
-        found = asker.ask_pages(pages, asked, batch_size)
-    if len(pages) > 1:
-        _ask_again(asker, fields, pages, found)
+        found = asker.ask_pages(images, asked, batch_size)
+    if len(images) > 1:
+        _ask_again(asker, fields, images, found)
     return merge_pages(fields, found)
+
+
+def _pages_of(document: Any, pages: str | Iterable[int] | None, password: str | None) -> list[Any]:
+    """Return the pages of one or several documents; they are not rendered yet."""
+    found: list[Any] = []
+    for part in document if isinstance(document, list | tuple) else [document]:
+        if is_page(part) or isinstance(part, np.ndarray | torch.Tensor):
+            found.append(part)
+        else:
+            found += open_document(part, pages=pages, password=password)
+    return found
 
 
 def merge_pages(fields: Fields, pages: Sequence[PageValues]) -> Extraction:

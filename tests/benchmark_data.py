@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from evaluation.video import film_of
 from training.drawn_documents import DrawnDocuments
 
 README = """---
@@ -91,6 +92,10 @@ def columns(count: int) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
             mmmu["question"] += " <image 2>"
         mmmu |= {"question_type": "multiple-choice" if chosen else "open", "answer": letter if chosen else answer}
         add("lmms-lab-encoder/MMMU", "default", "validation", mmmu | several)
+        lettered = [f"{option_letter}. {option}" for option_letter, option in zip("ABCD", options, strict=False)]
+        film = {"videoID": f"film{index}", "question_id": str(index), "duration": "short", "answer": letter}
+        film |= {"question": question, "options": lettered, "domain": "drawn", "sub_category": "d", "task_type": "OCR"}
+        add("lmms-eval/Video-MME", "default", "test", film)
     return tables
 
 
@@ -108,6 +113,10 @@ def write(folder: Path, count: int) -> None:
         table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
         table.to_parquet(place / f"{split}-00000-of-00001.parquet")
         configs[data_set] = configs.get(data_set, "") + CONFIG.format(name=config, split=split, folder=config)
+    films = folder / "lmms-eval" / "Video-MME" / "data"
+    films.mkdir()
+    for index, (image, _, _) in enumerate(documents(count)):
+        (films / f"film{index}.mp4").write_bytes(film_of([image] * 2))
     for data_set, text in configs.items():
         (folder / data_set / "README.md").write_text(README.format(configs=text))
 

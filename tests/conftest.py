@@ -130,7 +130,8 @@ def model(tiny_checkpoint: Path):
     """The tiny checkpoint's model, shared by the tests of a file: leave it as it is."""
     from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 
-    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+    return model.to(os.environ.get("NEMOTRON_VL_TEST_DEVICE", "cpu"))  # benchmarks/gpu_day.py sets it
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,8 @@ def place_of_call() -> str:
 
 
 def attend_plainly(query, key, value, mask, scaling) -> torch.Tensor:
-    """What the kernel of `decode_attention` computes."""
+    """What the kernel of `decode_attention` computes; it reads no place that the mask leaves out."""
+    key, value = (state.masked_fill(~mask.transpose(2, 3), 0) for state in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
     )

@@ -234,7 +234,7 @@ def test_reasoning_does_not_count_for_the_confidence(processor):
 
     tokenizer = processor.tokenizer
     thought, rest = (ids_of(tokenizer, text) for text in ("Hm.</think>", "42"))
-    prompt = ChatPrompt([], [], QUESTION, [], "<think>\n")
+    prompt = ChatPrompt([], [], [], QUESTION, [], "<think>\n")
     options = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     chances = [0.1] * len(thought) + [0.5] * len(rest)
     answer = _finished_answer(tokenizer, prompt, thought + rest, chances, None, options=options, limit=99)
@@ -242,22 +242,11 @@ def test_reasoning_does_not_count_for_the_confidence(processor):
     assert answer.history == [(QUESTION, "42")]
 
 
-def test_beams_and_drafts_cannot_be_watched(model, processor):
-    for options in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(ValueError, match=r"num_beams|assisted"):
-            model.chat(processor, question=QUESTION, generation_config={**OPTIONS, **options}, return_confidence=True)
-    with pytest.raises(ValueError, match="num_beams"):
-        model.chat(processor, question=QUESTION, generation_config={**OPTIONS, "num_beams": 2}, stop_loops=True)
-
-
-def test_a_loop_ends_with_drafts_too(model, processor):
-    options = {
-        "max_new_tokens": 900,
-        "prompt_lookup_num_tokens": 3,
-        "sequence_bias": {tuple(ids_of(processor.tokenizer, "a")): 1e6},
-    }
-    answer = model.chat(processor, question=QUESTION, generation_config=options, stop_loops=True, return_dict=True)
-    assert answer.finish_reason == "loop" and 257 <= len(answer.token_ids) <= 265
+@pytest.mark.parametrize("watched", ["return_confidence", "stop_loops"])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_beams_and_drafts_cannot_be_watched(model, processor, watched, options):
+    with pytest.raises(ValueError, match=rf"{watched} follows an answer.*assisted"):
+        model.chat(processor, question=QUESTION, generation_config={**OPTIONS, **options}, **{watched: True})
 
 
 def test_the_scores_are_not_changed():

@@ -173,6 +173,7 @@ def test_the_root_image_processor_has_the_published_recipe():
     assert read("preprocessor_config.json")["auto_map"] == {
         "AutoImageProcessor": "image_processing.NemotronVLImageProcessor",
         "AutoProcessor": "processing_nemotron_vl.NemotronVLProcessor",
+        "AutoVideoProcessor": "video_processing.NemotronVLVideoProcessor",
     }
 
 

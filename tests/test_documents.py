@@ -97,7 +97,7 @@ def test_the_extra_nano_installs_the_package_of_every_font():
     ("folder", "imports"),
     [
         ("documents", {"tools"}),  # what all commands share
-        ("evaluation", {"documents", "tools"}),
+        ("evaluation", {"documents", "tools", "nemotron_vl"}),
         ("pretraining", {"documents", "tools", "nemotron_vl"}),
         ("training", {"documents", "tools", "nemotron_vl"}),
     ],

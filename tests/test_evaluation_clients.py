@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -315,32 +316,82 @@ def write_task(folder: Path, count: int) -> list[dict]:
     return rows
 
 
-@pytest.mark.slow
-def test_lmms_eval_runs_a_local_task_of_documents_on_nano(tmp_path):
-    """The real client, through its command line; its answers are those of `chat()`."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
-    rows = write_task(tmp_path, count=5)
-    processor = AutoProcessor.from_pretrained(ROOT, subfolder="nano", **REMOTE)
-    model = AutoModel.from_pretrained(ROOT, subfolder="nano", torch_dtype=torch.bfloat16, **REMOTE).eval()
-    checkpoint = tmp_path / "nano"  # the client takes a path and no subfolder
+FILM_FUNCTIONS = """
+def doc_to_visual(doc):
+    return [doc["video"]]
+
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    return doc["question"]
+
+
+def doc_to_messages(doc, lmms_eval_specific_kwargs=None):
+    content = [{"type": "video", "url": doc["video"]}, {"type": "text", "text": doc["question"]}]
+    return [{"role": "user", "content": content}]
+"""
+
+
+def run_lmms_eval(folder: Path, processor: Any, model: Any) -> tuple[dict[int, str], float]:
+    """Run the task of a folder with the real client, through its command line; return its answers and the score."""
+    checkpoint = folder / "nano"  # the client takes a path and no subfolder
     model.save_pretrained(checkpoint)
     processor.save_pretrained(checkpoint)
     where = f"pretrained={checkpoint},trust_remote_code=True,device=cpu,device_map=cpu"
     command = [sys.executable, "-m", "lmms_eval", "--model", "huggingface", "--model_args", where]
-    command += ["--tasks", "nemotron_documents", "--include_path", str(tmp_path), "--batch_size", "1"]
-    command += ["--log_samples", "--output_path", str(tmp_path / "out")]
+    command += ["--tasks", "nemotron_documents", "--include_path", str(folder), "--batch_size", "1"]
+    command += ["--log_samples", "--output_path", str(folder / "out")]
     run = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    samples = next((tmp_path / "out").rglob("*samples*nemotron_documents.jsonl"))
+    samples = next((folder / "out").rglob("*samples*nemotron_documents.jsonl"))
     logged = [json.loads(line) for line in samples.read_text().splitlines()]
+    results = json.loads(next((folder / "out").rglob("*results.json")).read_text())
     said = {sample["doc_id"]: sample["filtered_resps"] for sample in logged}
+    return said, results["results"]["nemotron_documents"]["exact_match,none"]
+
+
+def load_nano() -> tuple[Any, Any]:
+    processor = AutoProcessor.from_pretrained(ROOT, subfolder="nano", **REMOTE)
+    return processor, AutoModel.from_pretrained(ROOT, subfolder="nano", torch_dtype=torch.bfloat16, **REMOTE).eval()
+
+
+@pytest.mark.slow
+def test_lmms_eval_runs_a_local_task_of_documents_on_nano(tmp_path):
+    """Its answers are those of `chat()`."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
+    rows = write_task(tmp_path, count=5)
+    processor, model = load_nano()
+    said, score = run_lmms_eval(tmp_path, processor, model)
     options = {"max_new_tokens": 24, "do_sample": False}
     for number, row in enumerate(rows):
         features = processor.image_processor(row["image"])
         expected = model.chat(processor, question=row["question"], generation_config=options, **features)
         assert said[number].strip() == expected
-    results = json.loads(next((tmp_path / "out").rglob("*results.json")).read_text())
-    score = results["results"]["nemotron_documents"]["exact_match,none"]
+    assert score == pytest.approx(sum(said[n].strip() == row["answer"] for n, row in enumerate(rows)) / len(rows))
+
+
+@pytest.mark.slow
+def test_lmms_eval_runs_a_local_task_of_films_on_nano(tmp_path):
+    """It names no number of frames, so that those of the checkpoint are taken; its answers are those of `chat()`."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is absent: docs/evaluation.md has its pip install")
+    av = pytest.importorskip("av", reason="films need PyAV: pip install av")
+    rows = write_task(tmp_path, count=3)
+    for row in rows:
+        image = Image.open(row.pop("image")).convert("RGB").resize((448, 512))
+        row["video"] = str(tmp_path / f"{len(row['question'])}-{rows.index(row)}.mp4")
+        with av.open(row["video"], "w") as container:
+            stream = container.add_stream("libx264", rate=10, options={"crf": "18"})
+            stream.width, stream.height, stream.pix_fmt = *image.size, "yuv420p"
+            for _ in range(10):
+                container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(stream.encode())
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "documents.py").write_text(FILM_FUNCTIONS)
+    processor, model = load_nano()
+    said, score = run_lmms_eval(tmp_path, processor, model)
+    options = {"max_new_tokens": 24, "do_sample": False}
+    for number, row in enumerate(rows):
+        expected = model.chat(processor, question=row["question"], generation_config=options, video=row["video"])
+        assert said[number].strip() == expected
     assert score == pytest.approx(sum(said[n].strip() == row["answer"] for n, row in enumerate(rows)) / len(rows))

@@ -3,6 +3,8 @@
 After a change to the notebook, or to nano, renew its outputs (pip install nbconvert ipykernel peft matplotlib):
 
     jupyter nbconvert --to notebook --execute --inplace examples/quickstart.ipynb
+
+That of the other one (pip install pypdfium2 pandas llguidance jsonschema) likewise.
 """
 
 import json
@@ -19,8 +21,8 @@ EXAMPLES = ROOT / "examples"
 FEWER_STEPS = 2
 
 
-def notebook_cells() -> list[dict]:
-    return json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+def notebook_cells(name: str = "quickstart.ipynb") -> list[dict]:
+    return json.loads((EXAMPLES / name).read_text(encoding="utf-8"))["cells"]
 
 
 def test_the_notebook_is_stored_with_its_outputs():
@@ -45,6 +47,46 @@ def test_the_notebook_runs_from_end_to_end():
     script += "\nassert all(answers) and before and type(after) is str, (answers, before, after)"
     done = subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_notebook_about_reading_is_stored_with_its_outputs():
+    code = [cell for cell in notebook_cells("reading.ipynb") if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    said = json.dumps(outputs)
+    assert "image/png" in said and "text/html" in said and "320.76" in said and "([1], [2, 3], [])" in said
+
+
+@pytest.mark.slow
+def test_the_notebook_about_reading_runs_from_end_to_end():
+    for package in ("pandas", "pypdfium2", "llguidance", "jsonschema"):
+        pytest.importorskip(package, reason=f"pip install {package}")
+    code = ["".join(cell["source"]) for cell in notebook_cells("reading.ipynb") if cell["cell_type"] == "code"]
+    checks = """
+assert list(table.status) == ["read"] * 3 and table.answer[2].splitlines()[2] == "Total 320.76", table
+assert answers["What is the total?"][2] == "320.76", answers
+assert found["fields"]["total"] == 320.76 and found["values"]["total"]["page"] == 3, found
+assert [row["page"] for row in second] == [2, 3] and third == []
+"""
+    script = [sys.executable, "-c", "\n".join([*code, checks])]
+    done = subprocess.run(script, cwd=EXAMPLES, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_invoice_that_is_read_is_the_one_that_the_repository_draws(tmp_path):
+    pytest.importorskip("fpdf", reason="pip install fpdf2")
+    pypdfium2 = pytest.importorskip("pypdfium2", reason="pip install pypdfium2")
+    from documents.invoice import draw_invoice
+
+    draw_invoice(tmp_path / "drawn.pdf")
+    pages = []
+    for file in (tmp_path / "drawn.pdf", EXAMPLES / "invoice.pdf"):
+        document = pypdfium2.PdfDocument(file)
+        pages.append([page.render().to_numpy().tobytes() for page in document])
+        document.close()
+    assert len(pages[0]) == 3 and pages[0] == pages[1]
 
 
 @pytest.mark.slow

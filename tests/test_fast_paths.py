@@ -1,17 +1,20 @@
 """The fast paths are exact: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
-from nemotron_vl import modeling_nemotron_vl
+import transformers
+from nemotron_vl import decode_attention, modeling_nemotron_vl
 from nemotron_vl.decode_attention import default_attention
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from transformers import CompileConfig, DynamicCache, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import TextIteratorStreamer
 from transformers.utils import is_flash_attn_2_available
 
-from tests.prompts import WIDE, encode
+from tests.prompts import ONE, WIDE, encode
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -178,3 +181,125 @@ def test_streaming_from_a_thread_equals_the_answer(model, processor, batch, as_o
     thread.join()
     answer = model.generate(**batch, **GREEDY)[0, batch["input_ids"].shape[1] :]
     assert streamed == processor.tokenizer.decode(answer)
+
+
+FIVE = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="4.57 keeps one static cache by itself")
+
+
+def caches_used(model, call) -> list:
+    """The static caches that the language model is given while `call` runs, each once."""
+    seen = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return list({id(cache): cache for cache in seen}.values())
+
+
+@FIVE
+def test_one_static_cache_serves_one_answer_after_the_other(model, processor, batch, as_on_cuda):
+    """A CUDA graph remembers the addresses of its cache, and would be recorded anew for every other."""
+    expected = model.generate(**batch, **GREEDY)
+    other = encode(processor, [ONE])
+    addresses = set()
+
+    def answer(inputs, **options):
+        (cache,) = caches_used(model, lambda: model.generate(**inputs, **{**GREEDY, **options}))
+        addresses.add(cache.layers[0].keys.data_ptr())
+
+    for _ in range(2):
+        answer(batch)
+        answer(other)
+    assert len(addresses) == 1
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)  # nothing of the other answer is left
+
+
+@FIVE
+def test_nothing_of_a_broken_answer_is_left_for_the_next(model, batch, as_on_cuda):
+    expected = model.generate(**batch, **GREEDY)
+    (cache,) = caches_used(model, lambda: model.generate(**batch, **GREEDY))
+    for layer in cache.layers:
+        layer.keys.fill_(float("nan"))
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+    class Failing(StoppingCriteria):
+        def __call__(self, *_, **__):
+            raise RuntimeError("the caller left")
+
+    with pytest.raises(RuntimeError, match="the caller left"):
+        model.generate(**batch, **GREEDY, stopping_criteria=[Failing()])
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+
+@FIVE
+def test_a_cache_that_the_caller_receives_is_not_taken_again(model, batch, as_on_cuda):
+    first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+    kept = first.past_key_values.layers[0].keys.clone()
+    model.generate(**batch, **GREEDY)
+    assert torch.equal(first.past_key_values.layers[0].keys, kept)
+
+
+@FIVE
+def test_an_answer_within_an_answer_has_a_cache_of_its_own(model, processor, batch, as_on_cuda):
+    expected, inner = model.generate(**batch, **GREEDY), encode(processor, [ONE])
+    expected_inner = model.generate(**inner, **GREEDY)
+    answers = []
+
+    class Asking(StoppingCriteria):
+        def __call__(self, input_ids, *_, **__):
+            answers.append(model.generate(**inner, **GREEDY))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    assert torch.equal(model.generate(**batch, **GREEDY, stopping_criteria=[Asking()]), expected)
+    assert all(torch.equal(answer, expected_inner) for answer in answers)
+
+
+@FIVE
+def test_the_idle_cache_goes_with_its_model(tiny_checkpoint, batch, as_on_cuda):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+    model.generate(**batch, **GREEDY)
+    assert model in decode_attention._idle_caches and "_idle_caches" not in vars(model)
+    cache = weakref.ref(decode_attention._idle_caches[model][1])
+    del model
+    gc.collect()
+    assert cache() is None
+
+
+@FIVE
+def test_the_cache_is_as_long_as_the_context_where_the_kernel_reads_it_and_memory_allows(monkeypatch, tiny_checkpoint):
+    options = {"attn_implementation": {"text_config": decode_attention.NAME, "vision_config": "sdpa"}}
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, **options)
+    config, gpu = model.config.text_config, torch.device("cuda", 0)
+    shape = (config, gpu, torch.bfloat16, 1, 2048)
+    num_bytes = 2 * 2 * 2 * 16 * 2 * 2048  # keys and values, layers, heads, channels, bytes, places
+    monkeypatch.setattr(decode_attention, "capability", lambda device: (9, 0))
+    for free, fits in ((4 * num_bytes, True), (4 * num_bytes - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert decode_attention._takes_the_window(*shape) is fits
+    monkeypatch.setattr(decode_attention, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    assert not decode_attention._takes_the_window(*shape)
+
+
+@FIVE
+def test_a_longer_answer_and_a_longer_image_compile_nothing_anew(processor, as_on_cuda, tiny_checkpoint):
+    options = {"attn_implementation": {"text_config": decode_attention.NAME, "vision_config": "sdpa"}}
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, **options).eval()
+    graphs = []
+    config = CompileConfig(backend=lambda graph, _: graphs.append(graph) or graph.forward, mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    try:
+        for images, tokens in (([ONE], 4), ([WIDE], 8), ([WIDE], 20), ([ONE], 4)):
+            model.generate(**encode(processor, images), **{**GREEDY, "max_new_tokens": tokens}, compile_config=config)
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 1
+
+
+def test_a_chat_on_cuda_warns_about_nothing(model, processor, batch, as_on_cuda, caplog):
+    model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
+    assert not [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]

@@ -42,10 +42,8 @@ def test_an_empty_page_has_no_type():
 
 
 def test_small_type_is_named_with_what_to_do():
-    page = Image.new("RGB", (2400, 3000), "white")
-    page.paste(page_image(1), (200, 200))
-    note = warning(model([15, 70]), PROCESSOR, page)
-    assert "too small for this model, which reads 15 to 70 px" in note and "Cut out less" in note
+    note = warning(model([200, 300]), PROCESSOR, page_image(1))
+    assert "too small for this model, which reads 200 to 300 px" in note and "Cut out less" in note
 
 
 def test_large_type_is_named():

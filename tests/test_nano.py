@@ -84,6 +84,8 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
     turns = []
 
     class Model:
+        config = None  # names no limits of what the model reads
+
         def chat(self, processor, question, history, **options):
             turns.append((question, history, len(options["pixel_values"])))
             return "Yes.", [*(history or []), (question, "Yes.")]

@@ -4,6 +4,7 @@ import json
 import typing
 
 import jsonschema
+import numpy as np
 import pytest
 from nemotron_vl.reading import ExtractionError, Fields, extract, merge_pages, page_values
 from nemotron_vl.reading.grammar import plain_value
@@ -143,6 +144,24 @@ def test_pages_merge_and_each_value_has_its_page():
         "total": 2, "date": 1, "rows[0].n": 1, "rows[1].n": 2, "rows[2].n": 2, "seller.name": 1, "seller.city": 2,
     }  # fmt: skip
     assert found.rows()[0] == {"path": "total", "value": "7", "confidence": None, "page": 2}
+
+
+def test_a_document_may_be_a_file_of_several_pages(model, processor, tmp_path):
+    pages = [Image.new("RGB", (64, 64), colour) for colour in ("white", "grey", "black")]
+    pages[0].save(tmp_path / "pages.tiff", save_all=True, append_images=pages[1:])
+    schema = object_of(code={"enum": ["a", "b"]})
+    alone = extract(model, processor, pages, schema)
+    for document in (
+        tmp_path / "pages.tiff",
+        (tmp_path / "pages.tiff").read_bytes(),
+        [np.asarray(page) for page in pages],
+    ):
+        found = extract(model, processor, document, schema)
+        assert found.rows() == alone.rows() and [page.page for page in found.pages] == [1, 2, 3]
+    second = extract(model, processor, tmp_path / "pages.tiff", schema, pages="2")
+    assert second.rows() == extract(model, processor, pages[1], schema).rows()
+    with pytest.raises(ValueError, match="no pages"):
+        extract(model, processor, [], schema)
 
 
 def test_a_required_value_that_no_page_admits_to_is_asked_for_again(model, processor):

@@ -287,6 +287,7 @@ def test_no_home_directory_is_needed(tiny_checkpoint, tmp_path):
 
 
 def test_the_shipped_code_reads_no_environment_and_no_home():
-    for path in ROOT.glob("*.py"):
+    """But for $CC, which names the compiler of two files, and the user's cache, which keeps what it compiled."""
+    for path in {*ROOT.glob("*.py")} - {ROOT / "c_compiler.py", ROOT / "triton_kernels.py"}:
         text = path.read_text(encoding="utf-8")
         assert "environ" not in text and "expanduser" not in text and "getenv" not in text, path.name

@@ -32,12 +32,14 @@ ENTRY_FILES = [
     "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py",
     "radio_model.py",
+    "video_processing.py",
 ]
 # Which root modules a root module may import.
 ARROWS = {
     "configuration_nemotron_vl": "",
     "triton_kernels": "",
     "c_compiler": "",
+    "torch_int4": "",
     "pictures": "",
     "prompts": "pictures",
     "answers": "",
@@ -47,13 +49,14 @@ ARROWS = {
     "packed_matmul": "triton_kernels",
     "cpu_matmul": "c_compiler",
     "decode_attention": "triton_kernels",
-    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul",
-    "chat": "prompts pictures answers",
-    "processing_nemotron_vl": "prompts image_processing pictures",
+    "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul torch_int4",
+    "video_processing": "image_processing pictures",
+    "chat": "prompts pictures answers video_processing",
+    "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "
         # The others for transformers 4.57, which copies direct imports alone.
-        "prompts packed_matmul cpu_matmul c_compiler pictures answers"
+        "prompts image_processing packed_matmul cpu_matmul c_compiler torch_int4 pictures answers video_processing"
     ),
 }
 HARD_IMPORTS = {"torch", "transformers", "numpy", "PIL"}

@@ -181,7 +181,6 @@ def test_stop_ends_the_answer(client, receipt):
 UNKNOWN_PARTS = {
     "file": {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBERi0="}},
     "audio": {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}},
-    "video": {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
     "image": {"type": "image", "path": str(RECEIPT)},
     "hologram": {"type": "hologram"},
     "no type": {"text": "Hello"},
@@ -208,7 +207,42 @@ def refusal(client: Any, messages: Any, **options: Any) -> str:
 @pytest.mark.parametrize("part", UNKNOWN_PARTS.values(), ids=UNKNOWN_PARTS)
 def test_other_content_parts_are_refused(client, part, stream):
     message = refusal(client, [user(part, text_part("What is this?"))], stream=stream)
-    assert "'text' and 'image_url'" in message
+    assert "'text', 'image_url' and 'video_url'" in message
+
+
+FILM = Path(__file__).with_name("golden") / "video" / "mp4" / "constant.mp4"
+
+
+def video_part(url: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_video_is_answered_as_chat_answers_it(client, here, stream):
+    pytest.importorskip("av", reason="films need PyAV: pip install av")
+    url = f"data:video/mp4;base64,{base64.b64encode(FILM.read_bytes()).decode()}"
+    frames = {"chat_template_kwargs": {"num_frames": 3}}
+    answer = ask(client, [user(video_part(url), text_part("What is the total?"))], stream=stream, extra_body=frames)
+    text = "".join(c.choices[0].delta.content or "" for c in answer) if stream else answer.choices[0].message.content
+    model, processor = here
+    options = GREEDY
+    expected = model.chat(
+        processor, question="What is the total?", generation_config=options, video=FILM, num_frames=3
+    )
+    assert text.strip() == expected
+    if not stream:
+        assert answer.usage.prompt_tokens > 3 * 256
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/film.mp4", str(FILM), FILM.as_uri(), None])
+def test_videos_that_are_not_sent_along_are_refused(client, url):
+    assert "video_url must be a data: URL" in refusal(client, [user(video_part(url), text_part("What?"))])
+
+
+def test_a_video_that_cannot_be_read_is_refused(client):
+    pytest.importorskip("av", reason="films need PyAV: pip install av")
+    message = refusal(client, [user(video_part("data:video/mp4;base64,AAAA"), text_part("What?"))])
+    assert "cannot be used" in message
 
 
 @pytest.mark.parametrize("url", UNSENT_IMAGES.values(), ids=UNSENT_IMAGES)

@@ -783,7 +783,7 @@ def test_the_template_marks_what_the_assistant_writes():
     [
         [user("Hi"), {"role": "system", "content": "late"}],
         [{"role": "critic", "content": "?"}],
-        [user([{"type": "video", "video": "a.mp4"}])],
+        [user([{"type": "audio", "audio": "a.mp3"}])],
         [user({"type": "text"})],
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from nemotron_vl.checkpoint import SINGLE_FILE
 from nemotron_vl.image_processing import select_tile_grid
+from nemotron_vl.processing_nemotron_vl import NemotronVLV2Processor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -191,3 +192,36 @@ def test_vllm_recognises_the_quantised_directories(vllm_python, tmp_path, name, 
     environment.pop("PYTHONPATH", None)
     ended = subprocess.run([vllm_python, "-c", code, out], env=environment, capture_output=True, text=True)
     assert f"METHOD {method}\n" in ended.stdout, ended.stderr[-4000:]
+
+
+def test_vllm_writes_the_same_prompt_and_pixels_for_a_video_of_the_12b_v2(vllm_python, tmp_path):
+    tiny_checkpoint.make_tiny_checkpoint(tmp_path / "tiny", v2=True)
+    processor = NemotronVLV2Processor.from_pretrained(tmp_path / "tiny")
+    frames = torch.randint(0, 256, (5, 48, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    request = {
+        "prompt": "Look: <video>\nWhat?",
+        "metadata": {"fps": 29.97, "frames_indices": [0, 11, 22, 33, 44], "total_num_frames": 45},
+    }
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    save_file({"video": frames}, tmp_path / "frames.safetensors")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run(
+        [vllm_python, ROOT / "tests" / "vllm_video.py", tmp_path / "tiny", tmp_path],
+        env={**environment, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    theirs = load_file(tmp_path / "answer.safetensors")
+    ours = processor(
+        text=request["prompt"],
+        videos=frames,
+        video_metadata=request["metadata"],
+        video_header="",  # vLLM writes none
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    ids = ours["input_ids"]
+    ids[ids == processor.video_token_id] = processor.image_token_id  # vLLM fills videos with image tokens
+    assert torch.equal(ids, theirs["input_ids"])
+    torch.testing.assert_close(ours["pixel_values_videos"], theirs["pixels"], rtol=0, atol=2e-6)

@@ -295,7 +295,8 @@ def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str,
             f"{config.force_image_size} px."
         )
     processor = read_json(found.ours / "processor_config.json") | {"image_tag_type": config.image_tag_type}
-    preprocessor["auto_map"] = {**preprocessor["auto_map"], **processor["auto_map"]}
+    own = read_json(found.ours / "preprocessor_config.json")["auto_map"]  # names the video processor too
+    preprocessor["auto_map"] = {**preprocessor["auto_map"], **own, **processor["auto_map"]}
     preprocessor["processor_class"] = processor["processor_class"]
     return {"preprocessor_config.json": _json(preprocessor), "processor_config.json": _json(processor)}
 

@@ -19,6 +19,7 @@ LINTED_AS = {
     "modeling_nemotron_vl.py": "modeling_nemotron_vl.py",
     "processing_nemotron_vl.py": "processing_nemotron_vl.py",
     "image_processing.py": "image_processing_nemotron_vl.py",
+    "video_processing.py": "image_processing_video.py",
     "radio_model.py": "modeling_radio.py",
     "checkpoint.py": "modeling_checkpoint.py",
     "quantization_nemotron_vl.py": "modeling_quantization.py",

@@ -33,7 +33,7 @@ from .weights import MODELS, make_index
 
 STANDARD_DEVIATION = 0.02  # that of Llama's initialisation: no activation overflows in 32 layers
 HEADER_BYTES = 2**20  # kept free for the header of a file, which is known when its tensors are written
-ROWS_DRAWN = 1024  # of a quantised matrix: they are repeated, because encoding takes 20 times as long as drawing
+ROWS_DRAWN = 256  # of a quantised matrix: they are repeated, because encoding takes 20 times as long as drawing
 OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json", *COPIED_FILES)
 
 

@@ -19,7 +19,7 @@ from .threads import choose_threads
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")  # the stock server also loads any model for any client
 ROLES = ("system", "user", "assistant", "tool")
 # Keys that chat_template_kwargs may have. The processor of the 8B itself refuses enable_thinking.
-REQUEST_OPTIONS = ("max_num_tiles", "use_thumbnail", "upscale", "enable_thinking")
+REQUEST_OPTIONS = ("max_num_tiles", "use_thumbnail", "upscale", "enable_thinking", "num_frames", "fps", "video_layout")
 # Fields that change the answer.
 HONOURED = frozenset(
     (
@@ -135,11 +135,12 @@ def _fit_model(model: Any, inputs: Any, options: GenerationConfig) -> None:
     if absent:
         raise ValueError(f"logit_bias names the token {absent[0]}; this model has the tokens 0 to {vocab_size - 1}.")
     num_tokens, window = inputs["input_ids"].shape[1], model.config.max_sequence_length
+    num_tokens -= model.count_pruned_tokens(inputs.get("num_video_frames", ()))
     if num_tokens >= window:
         raise ValueError(
             f"The prompt has {num_tokens} tokens; the context of {window} tokens holds prompt and answer. Send fewer "
             "or smaller images, a shorter text, or drop old turns; chat_template_kwargs={'max_num_tiles': 4} makes "
-            "images cheaper."
+            "images cheaper, and {'num_frames': 8} videos."
         )
     options.max_new_tokens = min(options.max_new_tokens, window - num_tokens)
 
@@ -189,7 +190,7 @@ def shown(value: Any) -> str:
 
 
 def check_messages(messages: Any) -> None:
-    """Refuse messages with other parts than text and images in `data:` URLs; the processor checks the rest.
+    """Refuse messages with other parts than text, images and videos in `data:` URLs; the processor checks the rest.
 
     Raises:
         ValueError: with what came and what is possible.
@@ -208,17 +209,18 @@ def _check_part(part: Any) -> None:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         return
-    if kind != "image_url":
+    if kind not in ("image_url", "video_url"):
         raise ValueError(
-            f"A message has a content part of type {kind!r}; this server takes 'text' and 'image_url'. Send a PDF "
-            "page or a video frame as an image_url."
+            f"A message has a content part of type {kind!r}; this server takes 'text', 'image_url' and 'video_url'. "
+            "Send a PDF page as an image_url."
         )
-    image = part.get("image_url")
+    image = part.get(kind)
     image = image if isinstance(image, dict) else {"url": image}
     if not isinstance(image.get("url"), str) or not image["url"].startswith("data:"):
+        example = "image/png" if kind == "image_url" else "video/mp4"
         raise ValueError(
-            f"image_url must be a data: URL like 'data:image/png;base64,...', got {shown(image.get('url'))}. This "
-            "server fetches nothing and opens no files: read the image and send it along."
+            f"{kind} must be a data: URL like 'data:{example};base64,...', got {shown(image.get('url'))}. This server "
+            f"fetches nothing and opens no files: read the {kind.removesuffix('_url')} and send it along."
         )
     if image.get("detail") not in (None, "auto", "high"):
         raise ValueError(

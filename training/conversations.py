@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nemotron_vl.prompts import flatten_content
+from nemotron_vl.prompts import VideoPart, flatten_content
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -108,7 +108,9 @@ def read_conversation(entry: Any, folder: Path) -> list[Message]:
 
 def _with_paths(content: Any, listed: list[str], folder: Path) -> Any:
     """Give the image parts of a message absolute paths; parts without one take the next of `listed`."""
-    flatten_content(content)  # raises an error for content of another form
+    _, media = flatten_content(content)  # raises an error for content of another form
+    if any(isinstance(medium, VideoPart) for medium in media):
+        raise ValueError("a message has a part of type 'video'; training takes images. Give frames as images.")
     if content is None or isinstance(content, str):
         return content
     parts = []

@@ -7,15 +7,17 @@ cards give no wording. `plain` is the question and its options alone. A score li
 
 import ast
 import copy
+import os
 import random
 import re
 import string
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from evaluation.scorers import ai2d_letter, mmmu_choice, ocrbench_score, option_letters
+from evaluation.scorers import ai2d_letter, mmmu_choice, ocrbench_score, option_letters, videomme_letter
 
 Sample = dict[str, Any]
 
@@ -231,3 +233,54 @@ def mmmu_results(doc: Sample, results: list[str]) -> dict[str, float]:
     from lmms_eval.tasks.mmmu.utils import eval_open, parse_open_response
 
     return {"score": float(eval_open(doc["answer"], parse_open_response(results[0]))), "drawn": 0.0}
+
+
+# --- Video-MME -------------------------------------------------------------------------------------------------------
+
+
+def videomme_video(doc: Sample) -> list[str]:
+    """Return the path of a sample's film, in $VIDEOMME_VIDEOS or where lmms-eval unpacks the archives of the data set.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folder = Path(os.environ.get("VIDEOMME_VIDEOS") or home / "videomme" / "data")
+    for suffix in (".mp4", ".MP4", ".mkv"):
+        if (folder / f"{doc['videoID']}{suffix}").exists():
+            return [str(folder / f"{doc['videoID']}{suffix}")]
+    raise FileNotFoundError(
+        f"{folder} has no film {doc['videoID']}.mp4. $VIDEOMME_VIDEOS names the folder of the films."
+    )
+
+
+def videomme_text(doc: Sample, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    """Return the official text without subtitles, and the question with its options, which carry their letters."""
+    style, options = _style(lmms_eval_specific_kwargs), "\n".join(doc["options"])
+    if style == "plain":
+        return f"{doc['question']}\n{options}"
+    if style == "vlmevalkit":
+        closing = "Please select the correct answer from the options above. \n"
+        return f"These are the frames of a video. Question: {doc['question']}\nOptions:\n{options}\n{closing}"
+    if style == "lmms":
+        with_subtitles = VIDEO_INSTRUCTION.replace("the video.", "the video and the subtitles.")
+        return f"{with_subtitles}\n{doc['question']}\n{options}\n\n{LETTER_PLEASE}"
+    return f"{VIDEO_INSTRUCTION}\n{doc['question']}\n{options}\n"
+
+
+def videomme_messages(doc: Sample, lmms_eval_specific_kwargs: dict | None = None) -> list[dict]:
+    """Return the film before the text, as a video part: the processor takes its frames."""
+    (path,) = videomme_video(doc)
+    text = {"type": "text", "text": videomme_text(doc, lmms_eval_specific_kwargs)}
+    messages = [{"role": "user", "content": [{"type": "video", "url": path}, text]}]
+    if _style(lmms_eval_specific_kwargs) == "nvidia":
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT_OF_EXAMS}]})
+    return messages
+
+
+def videomme_target(doc: Sample) -> str:
+    return doc["answer"]
+
+
+def videomme_results(doc: Sample, results: list[str]) -> dict[str, float]:
+    return {"score": float(videomme_letter(results[0]) == doc["answer"])}
