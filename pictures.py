@@ -459,6 +459,8 @@ def open_document(source: Any, *, pages: str | Iterable[int] | None = None, pass
     """
     if is_document(source):
         return Document(source._source, source.name, source.page_numbers if pages is None else pages)
+    if not isinstance(password, str | None):
+        raise TypeError(f"password must be a text, got {type(password).__name__}.")
     name = "document"
     try:
         if isinstance(source, Image.Image):

@@ -118,6 +118,8 @@ def test_an_encrypted_pdf_needs_its_password():
         with pytest.raises(ValueError, match=problem):
             open_document(data, password=password)
     assert open_document(data, password="öffne")[0].text == "Page 1"
+    with pytest.raises(TypeError, match="password must be a text"):
+        open_document(data, password=5)
     assert open_document(encrypted(owner="chief", user=""))[0].text == "Page 1"  # many are "encrypted" so
 
 
@@ -250,6 +252,13 @@ def test_a_page_without_size_is_refused_alone():
     else:
         assert image.size == (64, 64)  # PDFium takes Letter in its place
     assert document[1].text == "Page 2"
+
+
+def test_a_crop_box_outside_of_its_page_is_refused_alone():
+    data = changed(make_pdf(2), lambda pdf: setattr(pdf.pages[0], "CropBox", [9000, 9000, 9100, 9100]))
+    with pytest.raises(ValueError, match="Page 1 of document cannot be used: its size is 0 x 0 points"):
+        open_document(data)[0].render()
+    assert open_document(data)[1].text == "Page 2"
 
 
 def test_threads_may_draw_at_the_same_time():
