@@ -47,7 +47,6 @@ from .video_processing import VIDEO_OPTIONS, NemotronVLVideoProcessor, VideoInfo
 logger = logging.get_logger(__name__)
 
 # The length of an answer if the caller gives none, as in the examples of the model card.
-TEMPLATE_TOKENS = 16  # at most, that a chat template writes around a text
 DEFAULT_MAX_NEW_TOKENS = 1024
 
 
@@ -298,13 +297,32 @@ class ChatMixin:
         processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
         videos = self._read_videos(processor, video, {"num_frames": num_frames, "fps": fps, **video_options})
         options, extra_options = self._generation_options(tokenizer, generation_config)
-        given = {"document": document, "pages": pages, "password": password, "max_num_tiles": max_num_tiles}
-        if any(value is not None for value in given.values()):
-            if pixel_values is not None or visual_features is not None or not isinstance(question, str):
-                raise ValueError("document= takes the place of pixel_values, and goes with one question.")
-            texts = [question, system_prompt or "", *(text for pair in _check_history(history) for text in pair)]
+        write_prompts = partial(
+            build_chat_prompts,
+            tokenizer,
+            question,
+            history=history,
+            image_token_id=self._image_token_id_of(tokenizer),
+            image_tag_type=self.config.image_tag_type,
+            # InternVL clients set their system prompt on the model.
+            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
+            prompt_format=self.prompt_format,
+            enable_thinking=enable_thinking,
+            videos=videos.infos,
+            video_groups=videos.groups,
+            video_layout=video_layout,
+        )
+        wishes = (document, pages, password, max_num_tiles)
+        if any(value is not None for value in wishes):
+            given = (pixel_values, visual_features, num_patches, num_patches_list)
+            if any(value is not None for value in given) or not isinstance(question, str):
+                raise ValueError(
+                    "document= takes the place of pixel_values and num_patches, and goes with one question."
+                )
+            images = _document_pages(processor, document, pages, password)
             room = self.config.max_sequence_length - (options.max_new_tokens or 1)
-            features = _document_tiles(processor, texts=texts, room=room, **given)
+            drops_turns = truncation is not None and max_num_tiles != "fit"  # to make room for the pages
+            features = _cut_pages(processor, images, max_num_tiles, None if drops_turns else room, write_prompts)
             pixel_values, num_patches = features["pixel_values"], features["num_patches"]
         if past_key_values is not None:
             _check_chat_cache(past_key_values, question, options)
@@ -315,23 +333,11 @@ class ChatMixin:
         tiles = visual_features if visual_features is not None else pixel_values
         if tiles is not None:
             self._check_images(pixel_values, visual_features)
-        prompts = build_chat_prompts(
-            tokenizer,
-            question,
-            history=history,
+        prompts = write_prompts(
             num_tiles=0 if tiles is None else len(tiles),
             num_patches=num_patches if num_patches is not None else num_patches_list,
             tokens_per_tile=self._tokens_per_tile(pixel_values, visual_features),
-            image_token_id=self._image_token_id_of(tokenizer),
-            image_tag_type=self.config.image_tag_type,
-            # InternVL clients set their system prompt on the model.
-            system_prompt=system_prompt if system_prompt is not None else getattr(self, "system_message", None),
             max_length=self._longest_prompt(options.max_new_tokens or 1) if truncation else None,
-            prompt_format=self.prompt_format,
-            enable_thinking=enable_thinking,
-            videos=videos.infos,
-            video_groups=videos.groups,
-            video_layout=video_layout,
         )
         if verbose:
             logger.warning("\n".join(prompt.text for prompt in prompts))
@@ -931,21 +937,37 @@ def _packed(answers: "list[Answer]", is_single: bool, as_dict: bool, with_histor
     return found if len(found) > 1 else found[0]
 
 
-def _document_tiles(
+def _cut_pages(
     processor: Any,
-    *,
-    document: Any,
-    pages: str | Sequence[int] | None,
-    password: str | None,
+    images: list[Any],
     max_num_tiles: int | str | None,
-    texts: list[str],
-    room: int,
+    room: int | None,
+    write_prompts: Callable[..., list[ChatPrompt]],
 ) -> Any:
-    """Return the tiles of the pages of a document, or of several, by the processor that the caller gave.
+    """Return the tiles of the pages of a document.
 
     Args:
-        texts: question, history and system text, whose tokens and those of the template around them need room, too.
-        room: tokens for the prompt.
+        room: tokens of the prompt, in which text and pages have to fit; None does not check it.
+        write_prompts: `build_chat_prompts` without its arguments about tiles.
+
+    Raises:
+        ValueError: if they do not fit; the message names the largest number of tiles that does.
+    """
+    if room is not None:
+        one_tile = {"num_patches": [1] * len(images), "tokens_per_tile": processor.tokens_per_tile}
+        (prompt,) = write_prompts(num_tiles=len(images), **one_tile)
+        room -= len(prompt.input_ids) - len(images) * processor.tokens_of_image(1)  # the text's
+        max_num_tiles = processor.fitting_options(images, max_num_tiles, room)["max_num_tiles"]
+    return processor.image_processor(images, max_num_tiles=max_num_tiles)
+
+
+def _document_pages(
+    processor: Any, document: Any, pages: str | Sequence[int] | None, password: str | None
+) -> list[Any]:
+    """Return the pages of a document, or of several.
+
+    Raises:
+        TypeError: if the caller of `chat` gave no processor to cut them into tiles.
     """
     if document is None:
         raise ValueError("pages, password and max_num_tiles are options of document=, which was not given.")
@@ -955,11 +977,7 @@ def _document_tiles(
             "it with AutoProcessor."
         )
     documents = document if isinstance(document, list) else [document]
-    images = list(flatten_images([open_document(one, pages=pages, password=password) for one in documents]))
-    text_tokens = sum(len(processor.tokenizer(text)["input_ids"]) for text in texts)
-    # The template writes some tokens around each text, and a line feed after each page.
-    text_tokens += TEMPLATE_TOKENS * (len(texts) + 1) + len(images)
-    return processor.image_processor(images, **processor.fitting_options(images, max_num_tiles, room - text_tokens))
+    return list(flatten_images([open_document(one, pages=pages, password=password) for one in documents]))
 
 
 def _check_image_tokens(start: str, end: str, context: str) -> None:

@@ -237,6 +237,7 @@ def plan_pages(
     answer_tokens: int = 1024,
     prompt_tokens: int = 0,
     tokens_per_tile: int = 256,
+    tokens_around_image: int = TOKENS_AROUND_IMAGE,
 ) -> PagePlan:
     """Plan how many tiles each of several images gets, so that all fit a context with the prompt and the answer.
 
@@ -246,6 +247,7 @@ def plan_pages(
         context_length: of the model in tokens: 16,384 for the 8B V1, 131,072 for the 12B V2.
         answer_tokens, prompt_tokens: to leave room for.
         tokens_per_tile: 256 for tiles of 512 px.
+        tokens_around_image: further tokens of each image, `<img>` and `</img>`.
 
     Returns:
         the plan with the largest number of tiles, at most the wished one, with which all images fit; if they do not
@@ -257,7 +259,7 @@ def plan_pages(
         smaller = replace(tiling, max_num_tiles=max_num_tiles)
         tiles_of = {size: count_tiles(*size, smaller) for size in set(sizes)}
         tiles = [tiles_of[size] for size in sizes]
-        num_tokens = sum(count * tokens_per_tile + TOKENS_AROUND_IMAGE for count in tiles)
+        num_tokens = sum(count * tokens_per_tile + tokens_around_image for count in tiles)
         plan = PagePlan(max_num_tiles, tiles, num_tokens, num_tokens <= room)
         if plan.fits:
             break
@@ -444,7 +446,7 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         self.do_normalize, self.image_mean, self.image_std = do_normalize, image_mean, image_std
         self.do_convert_rgb, self.device = do_convert_rgb, device
         self.patch_size, self.downsample_ratio = _whole_number("patch_size", patch_size), downsample_ratio
-        self._with_options({})  # checks them
+        self.with_options({})  # checks them
 
     @property
     def tiling(self) -> Tiling:
@@ -486,16 +488,11 @@ class NemotronVLImageProcessor(BaseImageProcessor):
         Raises:
             ValueError, TypeError: for unreadable images (see `load_image`) and wrong options.
         """
-        options = self._with_options(kwargs)
+        options = self.with_options(kwargs)
         return_tensors = getattr(return_tensors, "value", return_tensors)
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors must be None, 'pt' or 'np', got {return_tensors!r}.")
-        loaded = [
-            image  # drawn one after the other
-            if is_page(image)
-            else load_image(image, do_convert_rgb=options.do_convert_rgb, input_data_format=input_data_format)
-            for image in flatten_images(images)
-        ]
+        loaded = options.load_images(images, input_data_format)
         tiling = options.tiling
         num_patches = [count_tiles(*natural_size(image), tiling) for image in loaded]
         pixel_values = options._allocate(sum(num_patches))
@@ -511,16 +508,29 @@ class NemotronVLImageProcessor(BaseImageProcessor):
             num_patches = torch.tensor(num_patches, dtype=torch.int64)
         return BatchFeature({"pixel_values": pixel_values, "num_patches": num_patches})
 
+    def load_images(self, images: Any, input_data_format: str | None = None) -> list[RGBImage | Page]:
+        """Read images and nested lists of them; the pages of documents stay pages, which are drawn one after the other.
+
+        Raises:
+            ValueError, TypeError: for unreadable images (see `load_image`).
+        """
+        return [
+            image
+            if is_page(image)
+            else load_image(image, do_convert_rgb=self.do_convert_rgb, input_data_format=input_data_format)
+            for image in flatten_images(images)
+        ]
+
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Tiles of an image of `height` x `width` pixels, thumbnail included, under the options of a call."""
-        return count_tiles(height, width, self._with_options(images_kwargs or {}).tiling)
+        return count_tiles(height, width, self.with_options(images_kwargs or {}).tiling)
 
     def get_number_of_image_tokens(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Image tokens of an image of `height` x `width` pixels, the `<img>` and `</img>` around them not counted."""
-        options = self._with_options(images_kwargs or {})
+        options = self.with_options(images_kwargs or {})
         return count_tiles(height, width, options.tiling) * options.tokens_per_tile
 
-    def _with_options(self, given: dict[str, Any]) -> "NemotronVLImageProcessor":
+    def with_options(self, given: dict[str, Any]) -> "NemotronVLImageProcessor":
         """A copy of this processor with the options of one call put over its own, checked."""
         ignored = ("use_fast", "disable_grouping", "return_tensors", "input_data_format")
         given = {name: value for name, value in given.items() if value is not None and name not in ignored}

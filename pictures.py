@@ -55,9 +55,8 @@ def flatten_images(images: Any, depth: int = 0) -> Iterator[Any]:
     """
     if depth > MAX_NESTING:
         raise ValueError(f"Lists of images may be nested {MAX_NESTING} levels deep, these go deeper. Flatten them.")
-    if isinstance(images, (list, tuple, Document)) or (
-        isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
-    ):
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    if is_batch or isinstance(images, (list, tuple)) or is_document(images):
         for image in images:
             yield from flatten_images(image, depth + 1)
     else:
@@ -162,24 +161,29 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 def _decode_file(source: Any) -> Image.Image:
     """Decode a path, `file:` or `data:` URL, base64 text, bytes or file; first frame, upright by its EXIF tag."""
     file = _named_file(source) if isinstance(source, str) else source
-    position = None
     if isinstance(file, (str, os.PathLike)):
         _check_file(file)
-    elif hasattr(file, "read"):
-        if not isinstance(file.read(0), bytes):
-            raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")
-        if not file.seekable():  # a pipe or socket might never end
-            raise ValueError("the file is a stream that cannot be read twice; pass what it held: file.read()")
-        position = file.tell()
+        opened: Any = contextlib.nullcontext(file)
     else:
-        file = io.BytesIO(file)
-    try:
-        with _open(file) as image:
-            ImageOps.exif_transpose(_decode(image), in_place=True)
-    finally:
-        if position is not None:  # the caller's file is left as it was
-            file.seek(position)
+        opened = _at_its_start(file) if hasattr(file, "read") else io.BytesIO(file)
+    with opened as file, _open(file) as image:
+        ImageOps.exif_transpose(_decode(image), in_place=True)
     return image
+
+
+@contextlib.contextmanager
+def _at_its_start(file: Any) -> Iterator[Any]:
+    """Yield a file object of the caller at its start, and leave it where it was."""
+    if not isinstance(file.read(0), bytes):
+        raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")
+    if not file.seekable():  # a pipe or socket might never end
+        raise ValueError("the file is a stream that cannot be read twice; pass what it held: file.read()")
+    position = file.tell()
+    file.seek(0)
+    try:
+        yield file
+    finally:
+        file.seek(position)
 
 
 def _check_file(path: str | os.PathLike) -> None:
@@ -209,11 +213,16 @@ def _named_file(text: str) -> str | bytes:
         return url2pathname(urlsplit(text).path)
     if not text.startswith("data:") and os.path.isfile(text):
         return text
-    encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return _base64_bytes(text)
     except ValueError as error:
         raise ValueError("it is neither an existing file nor base64 text") from error
+
+
+def _base64_bytes(text: str) -> bytes:
+    """The bytes of a `data:` URL or of base64 text."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    return base64.b64decode("".join(encoded.split()), validate=True)
 
 
 def _pil_to_rgb(image: Image.Image, do_convert_rgb: bool) -> Image.Image:
@@ -438,8 +447,8 @@ def open_document(source: Any, *, pages: str | Iterable[int] | None = None, pass
     """Open a PDF, or an image file whose frames are the pages (a TIFF of several pages, an animated GIF or WebP).
 
     Args:
-        source: a path, a `file:` or `data:` URL, the bytes of a file, a file opened in binary mode, whose rest is
-            read, or a PIL image. A `Document` gives one with other pages.
+        source: a path, a `file:` or `data:` URL, the bytes of a file, a file opened in binary mode (it is read from
+            its start, its position stays), or a PIL image. A `Document` gives one with other pages.
         pages: which pages, in this order: a text such as "1-3,7,10-" or numbers, from 1; None takes all.
         password: of an encrypted PDF.
 
@@ -450,16 +459,18 @@ def open_document(source: Any, *, pages: str | Iterable[int] | None = None, pass
     """
     if is_document(source):
         return Document(source._source, source.name, source.page_numbers if pages is None else pages)
+    if not isinstance(password, str | None):
+        raise TypeError(f"password must be a text, got {type(password).__name__}.")
     name = "document"
     try:
         if isinstance(source, Image.Image):
-            return Document(_ImageFile(source), os.path.basename(getattr(source, "filename", "")) or name, pages)
+            return Document(_opened_image(source), os.path.basename(getattr(source, "filename", "")) or name, pages)
         if isinstance(source, str):
             source = _named_file(source)
         elif hasattr(source, "read"):
-            name, source = os.path.basename(str(getattr(source, "name", name))), source.read()
-            if not isinstance(source, bytes):
-                raise ValueError("the file is open in text mode; open it in binary mode, 'rb'")
+            name = os.path.basename(str(getattr(source, "name", name)))
+            with _at_its_start(source) as file:
+                source = file.read()
         if isinstance(source, (str, os.PathLike)):
             _check_file(source)
             name = os.path.basename(source)
@@ -496,7 +507,7 @@ def document_of_part(part: dict[str, Any]) -> Document:
     Args:
         part: `{"type": "document", "document": source, "pages": "1-3", "password": ...}`, where `source` may also
             stand under `url`, `path` or `base64`, or `{"type": "file", "file": {"file_data": data URL, ...}}` as
-            OpenAI clients send it; that may also hold `pages` and `password`.
+            OpenAI clients send it; that may also hold `pages` and `password`. `file_data` is never taken for a path.
 
     Raises:
         ValueError, TypeError, ImportError: see `open_document`; also for a part without a document.
@@ -510,6 +521,14 @@ def document_of_part(part: dict[str, Any]) -> Document:
             f"A part of type {part['type']!r} needs {' or '.join(names)} with the file, got {_shown(str(part))}. Files "
             "that were uploaded before (file_id) are not known here."
         )
+    if part["type"] == "file" and isinstance(source, str):
+        try:
+            source = _base64_bytes(source)
+        except ValueError as error:
+            raise ValueError(
+                f"file_data must be a URL like 'data:application/pdf;base64,...', got {_shown(source)}. The document part "
+                "takes a path."
+            ) from error
     return open_document(source, pages=holder.get("pages"), password=holder.get("password"))
 
 
@@ -540,8 +559,6 @@ def _chosen_pages(pages: str | Iterable[int] | None, num_pages: int, name: str) 
     return chosen
 
 
-# PDFium is not safe with threads. Reentrant, because collecting a document may close it inside such a call.
-_PDFIUM_LOCK = threading.RLock()
 _OPEN_PDFS: "weakref.WeakSet[_PdfFile]" = weakref.WeakSet()
 
 
@@ -569,7 +586,10 @@ class _PdfFile:
         self._pypdfium2 = (
             pypdfium2  # transformers refuses to load a file with imports of absent packages outside `try`
         )
-        with _PDFIUM_LOCK:
+        # PDFium is not safe with threads. The lock belongs to the module: transformers runs a second copy of this file.
+        # Reentrant, because collecting a document may close it inside such a call.
+        self._lock = vars(pypdfium2).setdefault("_nemotron_vl_lock", threading.RLock())
+        with self._lock:
             try:
                 self._pdf = pypdfium2.PdfDocument(
                     os.fspath(source) if isinstance(source, os.PathLike) else source, password=password
@@ -589,14 +609,15 @@ class _PdfFile:
         self.close()
 
     def close(self) -> None:
-        with _PDFIUM_LOCK:
-            if getattr(self, "_pdf", None) is not None:
-                self._pdf.close()
-                self._pdf = None
+        if getattr(self, "_pdf", None) is not None:
+            with self._lock:
+                pdf, self._pdf = self._pdf, None
+                if pdf is not None:
+                    pdf.close()
 
     @contextlib.contextmanager
     def _page(self, index: int) -> Iterator[Any]:
-        with _PDFIUM_LOCK:
+        with self._lock:
             if self._pdf is None:
                 raise ValueError("the document is closed")
             page = self._pdf[index]
@@ -606,7 +627,7 @@ class _PdfFile:
                 page.close()
 
     def size(self, index: int) -> tuple[float, float]:
-        with _PDFIUM_LOCK:
+        with self._lock:
             if self._pdf is None:
                 raise ValueError("the document is closed")
             width, height = self._pdf.get_page_size(index)
@@ -637,25 +658,40 @@ class _PdfFile:
                 bitmap.close()
 
 
+def _opened_image(image: Image.Image) -> "_ImageFile":
+    """Open the pages of a caller's PIL image: its current pixels, or, if its file has several frames, a copy of that.
+
+    Pillow forgets changed pixels as soon as it goes to another frame, or counts them, so the caller's object is not asked.
+    """
+    file = getattr(image, "fp", None) or getattr(image, "_fp", None)
+    if image.format in PAGED_FORMATS and hasattr(file, "seekable") and not file.closed:
+        with _at_its_start(file) as start:
+            copied = _ImageFile(io.BytesIO(start.read()))
+        if copied.num_pages > 1:
+            return copied
+    return _ImageFile(load_image(image))
+
+
 class _ImageFile:
-    """An image file, or a PIL image, which stays the caller's. Indices of frames count from 0."""
+    """An image file, or an RGB image. Indices of frames count from 0."""
 
     is_scalable = False
 
     def __init__(self, source: Any):
-        self._is_own = not isinstance(source, Image.Image)
-        self._image = _open(source) if self._is_own else source
+        self._image = source if isinstance(source, Image.Image) else _open(source)
         self._lock = threading.Lock()
-        self._frame = self._image.tell() if hasattr(self._image, "tell") else 0
         self.num_pages = getattr(self._image, "n_frames", 1) if self._image.format in PAGED_FORMATS else 1
+        self._is_closed = False
 
     def close(self) -> None:
-        if self._is_own:
+        self._is_closed = True
+        if self._image.format is not None:  # of a file; others are the caller's
             self._image.close()
 
     def size(self, index: int) -> tuple[int, int]:
         with self._at(index) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            # Pillow turns a TIFF itself, and its size is that of the turned one.
+            sideways = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if sideways else image.size
 
     def text(self, index: int) -> None:
@@ -663,20 +699,21 @@ class _ImageFile:
 
     def image(self, index: int, height: None, width: None) -> Image.Image:
         with self._at(index) as image:
-            upright = ImageOps.exif_transpose(_decode(image)) if self._is_own else _decode(image)
-            loaded = _pil_to_rgb(upright, True)
+            loaded = _pil_to_rgb(_decode(image), True)  # by the tags of a TIFF, which a turned copy has not
+            orientation = image.getexif().get(ExifTags.Base.Orientation) if image.format else None
             loaded = loaded.copy() if loaded is image else loaded  # the next frame is decoded into the same object
+        if orientation is not None:
+            loaded.getexif()[ExifTags.Base.Orientation] = orientation
+            ImageOps.exif_transpose(loaded, in_place=True)
         _check_size(*height_and_width(loaded))
         return loaded
 
     @contextlib.contextmanager
     def _at(self, index: int) -> Iterator[Image.Image]:
-        """Yield the image at a frame; a caller's image goes back to the frame where it was."""
+        """Yield the image at a frame."""
         with self._lock:
+            if self._is_closed:
+                raise ValueError("the document is closed")
             if self.num_pages > 1:
                 self._image.seek(index)
-            try:
-                yield self._image
-            finally:
-                if self.num_pages > 1 and not self._is_own:
-                    self._image.seek(self._frame)
+            yield self._image

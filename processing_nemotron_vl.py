@@ -12,8 +12,9 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from transformers.utils.chat_template_utils import (
     render_jinja_template,
 )
 
+from .image_processing import MAX_NUM_TILES, NemotronVLImageProcessor, explain_damage, natural_size, plan_pages
 from .image_processing import OPTIONS as IMAGE_OPTIONS
-from .image_processing import NemotronVLImageProcessor, PagePlan, Tiling, explain_damage, natural_size, plan_pages
-from .pictures import flatten_images, is_document, is_page, load_image
+from .pictures import Document, is_document, is_page, open_document
 from .prompts import (
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
@@ -68,7 +69,9 @@ from .video_processing import VIDEO_OPTIONS, NemotronVLVideoProcessor, VideoInfo
 # A template that matches this reads the parts of a content itself. Others, like the published one, need a string.
 READS_PARTS = re.compile(r"""\[\s*["'](type|text)["']\s*\]|\.(type|text)\b""")
 FIT = "fit"  # max_num_tiles: the largest number with which all images of a prompt fit the context
-ANSWER_TOKENS = 1024  # that "fit" leaves for the answer, as much as chat() lets an answer take
+ANSWER_TOKENS = 1024  # that is left for the answer, as much as chat() lets an answer take
+LONGEST_CONTEXT = 1 << 40  # tokens; a tokenizer that states no length has a larger one
+PLAN_OPTIONS = ("context_length", "answer_tokens")
 # Options of images that hold for videos as well when they are given by name.
 OPTIONS_FOR_BOTH = (
     *(
@@ -94,6 +97,7 @@ TEXT_OPTIONS = (
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
     "return_tensors",
+    *PLAN_OPTIONS,
 )
 # How a video is written; the first names a layout, the others replace its parts.
 LAYOUT_OPTIONS = ("video_layout", "video_header", "frame_label", "timed_frame_label", "frame_separator")
@@ -237,7 +241,9 @@ class NemotronVLProcessor(ProcessorMixin):
             videos: one video, a flat list over the whole batch, or one list per text (see `group_videos`). A video is
                 whatever `read_video` takes.
             kwargs: options of the image processor (`max_num_tiles`, which may also be "fit": the largest number with
-                which the images of every prompt fit the context beside an answer of 1,024 tokens), of the tokenizer
+                which the images of every prompt fit the context), `answer_tokens` (what "fit" and the pages of
+                documents leave for the answer, 1,024) and `context_length` (by default the tokenizer's
+                `model_max_length`), options of the tokenizer
                 (`padding`, `max_length`, ...), of the video processor (`num_frames`, `fps`, `video_metadata`, ...),
                 `return_tensors`, `return_mm_token_type_ids`, `return_text_replacement_offsets`; also nested as
                 `images_kwargs`, `text_kwargs`, `videos_kwargs` and `common_kwargs`. `video_layout` names how videos
@@ -256,8 +262,9 @@ class NemotronVLProcessor(ProcessorMixin):
             model does not need it.
 
         Raises:
-            ValueError: if placeholders and images or videos differ in number, for audio, if a truncation would cut an
-                image or a video, or for an option that is given twice.
+            ValueError: if placeholders and images or videos differ in number, if the pages of documents do not fit the
+                context (the message names the largest `max_num_tiles` that fits), for audio, if a truncation would cut
+                an image or a video, or for an option that is given twice.
             TypeError: for an unknown option.
         """
         if images is None and text is None and videos is None:
@@ -288,20 +295,31 @@ class NemotronVLProcessor(ProcessorMixin):
         flat_videos, videos_per_text = group_videos(videos)
         layout_kwargs = {name: videos_kwargs.pop(name, None) for name in LAYOUT_OPTIONS}
         layout = _layout(self.prompt_format, layout_kwargs)
-        if images_kwargs.get("max_num_tiles") == FIT:
-            if flat_videos:
-                raise ValueError(f"max_num_tiles={FIT!r} plans images alone. Beside a video, give a number.")
-            images_kwargs["max_num_tiles"], flat_images = self._fitting_tiles(
-                flat_images, texts, images_kwargs, marker
-            )
-        features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
-        if flat_images:
-            data.update({name: features[name] for name in self.image_processor.model_input_names})
         wants_metadata = videos_kwargs.pop("return_metadata", None)
         infos: list[VideoInfo] = []
         if flat_videos:
             frames = self.video_processor(flat_videos, **videos_kwargs, return_metadata=True)
             infos = frames["video_metadata"]
+
+        def write_runs(num_tiles: Sequence[int]) -> list[PromptRuns]:
+            written = {
+                IMAGE_TOKEN: [image_run(int(tiles), self.tokens_per_tile, self.image_tag_type) for tiles in num_tiles],
+                VIDEO_TOKEN: [self._video_run(info, layout) for info in infos],
+            }
+            runs = _runs_of_texts(texts, written, {IMAGE_TOKEN: images_per_text, VIDEO_TOKEN: videos_per_text})
+            return [without_headers(text, own, layout.header) for text, own in zip(texts, runs, strict=True)]
+
+        plan_kwargs = {name: text_kwargs.pop(name) for name in PLAN_OPTIONS if name in text_kwargs}
+        if images_kwargs.get("max_num_tiles") == FIT and texts is None:
+            raise ValueError(f"max_num_tiles={FIT!r} needs the prompts that the images have to fit with, as text=.")
+        if images_kwargs.get("max_num_tiles") == FIT or (texts is not None and any(map(is_page, flat_images))):
+            flat_images, images_kwargs = self._fit_context(
+                flat_images, texts, write_runs, images_kwargs, marker, **plan_kwargs
+            )
+        features = self.image_processor(flat_images, **images_kwargs)  # refuses unknown options without images, too
+        if flat_images:
+            data.update({name: features[name] for name in self.image_processor.model_input_names})
+        if flat_videos:
             wanted = (*NemotronVLVideoProcessor.model_input_names, *(["video_metadata"] if wants_metadata else []))
             data.update({name: frames[name] for name in wanted})
         if texts is not None:
@@ -309,15 +327,7 @@ class NemotronVLProcessor(ProcessorMixin):
             wants_offsets = text_kwargs.pop("return_text_replacement_offsets", False)
             if flat_images and flat_videos and self.prompt_format.video_filler == IMAGE_TOKEN:
                 text_kwargs["return_mm_token_type_ids"] = True  # nothing else tells the model which is which
-            written = {
-                IMAGE_TOKEN: [
-                    image_run(int(tiles), self.tokens_per_tile, self.image_tag_type)
-                    for tiles in features["num_patches"]
-                ],
-                VIDEO_TOKEN: [self._video_run(info, layout) for info in infos],
-            }
-            runs = _runs_of_texts(texts, written, {IMAGE_TOKEN: images_per_text, VIDEO_TOKEN: videos_per_text})
-            runs = [without_headers(text, own, layout.header) for text, own in zip(texts, runs, strict=True)]
+            runs = write_runs(features["num_patches"])
             prompts = self._encode_texts(texts, runs, add_bos, marker, return_starts)
             encoded, starts = self._pad(prompts, **text_kwargs)
             data = {**encoded, **data}
@@ -326,63 +336,106 @@ class NemotronVLProcessor(ProcessorMixin):
                 data["text_replacement_offsets"] = [replacement_offsets(text, own, marker) for text, own in pairs]
         return data, return_tensors, starts
 
-    def fitting_options(self, images: Sequence[Any], max_num_tiles: int | str | None, room: int) -> dict[str, Any]:
+    @staticmethod
+    def open_document(source: Any, **options: Any) -> Document:
+        """Open a PDF, or an image file with several frames, as a sequence of pages, each of which is an image.
+
+        Args:
+            source: a path, a `file:` or `data:` URL, bytes, a file or a PIL image.
+            options: `pages` ("1-3,7") and `password`; see the function of this name in `pictures.py`.
+        """
+        return open_document(source, **options)
+
+    def fitting_options(
+        self, images: Sequence[Any], max_num_tiles: int | str | None, room: int, **images_kwargs: Any
+    ) -> dict[str, Any]:
         """Return the image processor's option `max_num_tiles` for images that have to fit into some tokens.
 
         Args:
             images: in any form that the image processor takes one in, pages of documents among them.
             max_num_tiles: of each image; None is the image processor's own, and "fit" the largest that fits.
             room: tokens that all images may take together.
+            images_kwargs: other options of the image processor.
 
         Raises:
             ValueError: if the images do not fit; the message names the largest number of tiles that does.
         """
-        loaded = [image if is_page(image) else load_image(image) for image in images]
-        own = self.image_processor.tiling
-        wished = own if max_num_tiles in (None, FIT) else replace(own, max_num_tiles=max_num_tiles)
-        plan = self._plan(loaded, wished, room)
-        if not plan.fits:
-            raise ValueError(
-                f"{len(images)} pages or images take {plan.num_tokens:,} tokens with one tile each, and the context "
-                f"leaves {room:,}. Ask about fewer of them at a time."
-            )
-        if max_num_tiles != FIT and plan.max_num_tiles < wished.max_num_tiles:
-            all_tokens = self._plan(loaded, wished, 1 << 60).num_tokens
-            if all_tokens > room:
-                raise ValueError(
-                    f"{len(images)} pages or images take {all_tokens:,} tokens with at most {wished.max_num_tiles} "
-                    f"tiles each, and the context leaves {room:,}. They fit with max_num_tiles={plan.max_num_tiles}; "
-                    f"max_num_tiles={FIT!r} takes that number."
-                )
-        return {"max_num_tiles": plan.max_num_tiles}
-
-    def _plan(self, images: Sequence[Any], tiling: Tiling, room: int) -> PagePlan:
-        sizes = [natural_size(image) for image in images]
-        return plan_pages(
-            sizes, tiling, context_length=room, answer_tokens=0, tokens_per_tile=self.image_processor.tokens_per_tile
+        options = self.image_processor.with_options(images_kwargs)
+        sizes = [natural_size(image) for image in options.load_images(images, images_kwargs.get("input_data_format"))]
+        wished = (
+            options.tiling if max_num_tiles in (None, FIT) else replace(options.tiling, max_num_tiles=max_num_tiles)
         )
+        # A tile and an image cost more than image tokens: `<img>` and `</img>`, and the tags of nvlm, which are text. The
+        # longest tag of a tile is that of the last one.
+        costs = [self.tokens_of_image(number) for number in (1, MAX_NUM_TILES - 1, MAX_NUM_TILES)]
+        plan = partial(
+            plan_pages,
+            sizes,
+            wished,
+            answer_tokens=0,
+            tokens_per_tile=costs[2] - costs[1],
+            tokens_around_image=costs[0] - self.tokens_per_tile,
+        )
+        fitting = plan(context_length=room)
+        if not fitting.fits:
+            raise ValueError(
+                f"{len(sizes)} pages or images take {fitting.num_tokens:,} tokens with one tile each, and the context "
+                f"leaves {max(room, 0):,} beside the text and the answer. Ask about fewer of them at a time: so small, "
+                f"{max(room, 0) // costs[0]} fit."
+            )
+        if max_num_tiles != FIT and fitting.max_num_tiles < wished.max_num_tiles:
+            all_tokens = plan(context_length=sys.maxsize).num_tokens
+            raise ValueError(
+                f"{len(sizes)} pages or images take {all_tokens:,} tokens with at most {wished.max_num_tiles} tiles "
+                f"each, and the context leaves {room:,} beside the text and the answer. They fit with "
+                f"max_num_tiles={fitting.max_num_tiles}; max_num_tiles={FIT!r} takes that number."
+            )
+        return {"max_num_tiles": fitting.max_num_tiles}
 
-    def _fitting_tiles(
-        self, images: list[Any], texts: Sequence[str] | None, images_kwargs: dict[str, Any], marker: str | None
-    ) -> tuple[int, list[Any]]:
-        """Return the largest number of tiles with which the images of each text fit the context, and the images."""
-        if texts is None:
-            raise ValueError(f"max_num_tiles={FIT!r} needs the prompts that the images have to fit with, as text=.")
-        context = self.tokenizer.model_max_length
-        loaded = [
-            image if is_page(image) else load_image(image, do_convert_rgb=True, input_data_format=None)
-            for image in flatten_images(images)
-        ]
-        counts = [text.count(IMAGE_TOKEN) for text in texts]
-        placeholders = [{token: [[]] * text.count(token) for token in (IMAGE_TOKEN, VIDEO_TOKEN)} for text in texts]
-        without_images = self._encode_texts(texts, placeholders, True, marker, False)
-        fitting, start = self.image_processor.tiling.max_num_tiles, 0
-        for prompt, count in zip(without_images, counts, strict=True):
-            room = context - len(prompt.input_ids) - ANSWER_TOKENS
-            own, start = loaded[start : start + count], start + count
+    def tokens_of_image(self, num_tiles: int) -> int:
+        """Return how many tokens an image of so many tiles, thumbnail included, takes in a prompt."""
+        run = image_run(num_tiles, self.tokens_per_tile, self.image_tag_type)
+        return len(encode_prompt(self.tokenizer, IMAGE_TOKEN, {IMAGE_TOKEN: [run]}, self.image_token_id).input_ids)
+
+    def _fit_context(
+        self,
+        images: list[Any],
+        texts: Sequence[str],
+        write_runs: Callable[[Sequence[int]], list[PromptRuns]],
+        images_kwargs: dict[str, Any],
+        marker: str | None,
+        context_length: int | None = None,
+        answer_tokens: int | None = None,
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the images, read, and their options with a number of tiles with which every text fits the context.
+
+        Args:
+            write_runs: returns the runs of each text from the tiles of each image.
+
+        Raises:
+            ValueError: if the wished number does not fit, before any page is drawn.
+        """
+        images_kwargs = dict(images_kwargs)
+        max_num_tiles = images_kwargs.pop("max_num_tiles", None)
+        context_length = self.tokenizer.model_max_length if context_length is None else context_length
+        if max_num_tiles == FIT and context_length > LONGEST_CONTEXT:
+            raise ValueError(
+                f"max_num_tiles={FIT!r} needs the length of the context, which the tokenizer does not state: pass "
+                "context_length=model.config.max_sequence_length."
+            )
+        options = self.image_processor.with_options(images_kwargs)
+        loaded = options.load_images(images, images_kwargs.get("input_data_format"))
+        runs = write_runs([1] * len(loaded))
+        prompts = self._encode_texts(texts, runs, True, marker, False)
+        remaining, fitting = iter(loaded), []
+        for prompt, text_runs in zip(prompts, runs, strict=True):
+            own = text_runs[IMAGE_TOKEN]
+            other_tokens = len(prompt.input_ids) - len(own) * self.tokens_of_image(1)
+            room = context_length - other_tokens - (ANSWER_TOKENS if answer_tokens is None else answer_tokens)
             if own:
-                fitting = min(fitting, self.fitting_options(own, FIT, room)["max_num_tiles"])
-        return fitting, loaded
+                own_images = [next(remaining) for _ in own]
+                fitting.append(self.fitting_options(own_images, max_num_tiles, room, **images_kwargs))
+        return loaded, {**images_kwargs, **min(fitting, key=lambda option: option["max_num_tiles"], default={})}
 
     def _video_run(self, info: VideoInfo, layout: VideoLayout) -> PromptPieces:
         counts = [self.tokens_per_tile] * len(info.frames_indices)
@@ -744,24 +797,27 @@ def _as_batch(data: dict[str, Any], return_tensors: str | None) -> BatchFeature:
 
 
 def group_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """Flatten one image, a list, or one list per text.
+    """Flatten one image or document, a list, or one list per text.
 
     Returns:
         the images in order, and how many belong to each text (None for one image or a flat list).
     """
     if images is None:
         return [], None
-    if is_document(images):
-        return list(images), None
     if not isinstance(images, (list, tuple)):
-        return [images], None
-    if not any(image is None or isinstance(image, (list, tuple)) or is_document(image) for image in images):
-        return list(images), None
+        return _with_pages([images]), None
+    if not any(image is None or isinstance(image, (list, tuple)) for image in images):
+        return _with_pages(images), None
     groups = [
-        list(group) if isinstance(group, (list, tuple)) or is_document(group) else [] if group is None else [group]
+        _with_pages(group if isinstance(group, (list, tuple)) else [] if group is None else [group])
         for group in images
     ]
     return [image for group in groups for image in group], [len(group) for group in groups]
+
+
+def _with_pages(images: Sequence[Any]) -> list[Any]:
+    """Return images with the pages of documents in their place."""
+    return [page for image in images for page in (image if is_document(image) else [image])]
 
 
 def _tool_schemas(tools: Any) -> Any:

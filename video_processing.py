@@ -784,7 +784,7 @@ class NemotronVLVideoProcessor(NemotronVLImageProcessor):
         """
         own = {name: kwargs.pop(name) for name in OWN_OPTIONS if name in kwargs}
         upscale = kwargs.pop("upscale", None) or 1  # frames are doubled only on request
-        options = self._with_options({**kwargs, "upscale": upscale})
+        options = self.with_options({**kwargs, "upscale": upscale})
         limits, sampling = self._limits(own), self._sampling(own)
         if do_sample_frames is None and (own.get("num_frames") is not None or own.get("fps") is not None):
             do_sample_frames = True

@@ -118,6 +118,8 @@ def test_an_encrypted_pdf_needs_its_password():
         with pytest.raises(ValueError, match=problem):
             open_document(data, password=password)
     assert open_document(data, password="öffne")[0].text == "Page 1"
+    with pytest.raises(TypeError, match="password must be a text"):
+        open_document(data, password=5)
     assert open_document(encrypted(owner="chief", user=""))[0].text == "Page 1"  # many are "encrypted" so
 
 
@@ -166,6 +168,12 @@ def test_pdfs_without_pypdfium2_name_the_installation(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install pypdfium2"):
         open_document(make_pdf(1))
+
+
+def test_a_file_object_is_read_from_its_start_and_stays_where_it_was():
+    file = io.BytesIO(make_pdf())
+    file.seek(7)
+    assert len(open_document(file)) == 3 and file.tell() == 7
 
 
 def test_a_closed_document_says_so_and_pdfs_are_closed_when_they_go():
@@ -246,6 +254,13 @@ def test_a_page_without_size_is_refused_alone():
     assert document[1].text == "Page 2"
 
 
+def test_a_crop_box_outside_of_its_page_is_refused_alone():
+    data = changed(make_pdf(2), lambda pdf: setattr(pdf.pages[0], "CropBox", [9000, 9000, 9100, 9100]))
+    with pytest.raises(ValueError, match="Page 1 of document cannot be used: its size is 0 x 0 points"):
+        open_document(data)[0].render()
+    assert open_document(data)[1].text == "Page 2"
+
+
 def test_threads_may_draw_at_the_same_time():
     document, found = open_document(make_pdf(8)), {}
     expected = {page.number: np.asarray(page.render()) for page in document}
@@ -312,6 +327,34 @@ def test_frames_that_are_no_pages_are_left_out():
     assert Image.open(buffer).n_frames == 2 and len(open_document(buffer.getvalue())) == 1
 
 
+@pytest.mark.parametrize("tags", [{262: 0}, {262: 1}, {274: 6}, {262: 0, 274: 8}])
+def test_a_page_of_a_tiff_is_what_the_file_is_as_an_image(tags):
+    """Its tags say which end of its grey is white, and how it is turned."""
+    deep = Image.fromarray((np.arange(32 * 128, dtype=np.uint16) * 16).reshape(32, 128))
+    buffer = io.BytesIO()
+    deep.save(buffer, "TIFF", save_all=True, append_images=[deep], tiffinfo=tags)
+    for page in open_document(buffer.getvalue()):
+        expected = np.asarray(load_image(buffer.getvalue()))
+        assert page.natural_size == expected.shape[:2]
+        assert np.array_equal(page.render(), expected)
+
+
+@pytest.mark.parametrize("suffix", ["tiff", "webp", "png", "jpeg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pages_stand_upright_as_images_do(suffix, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 48, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    frames = {} if suffix == "jpeg" else {"save_all": True, "append_images": [image.rotate(180)]}
+    buffer = io.BytesIO()
+    image.save(buffer, suffix, exif=exif, **frames)
+    document, expected = open_document(buffer.getvalue()), np.asarray(load_image(buffer.getvalue()))
+    assert len(document) == 1 + bool(frames)
+    for page in (document[0], document[0], document[-1], document[0]):  # there and back
+        assert page.natural_size == page.render().size[::-1] == expected.shape[:2]
+    assert np.array_equal(document[0].render(), expected)
+
+
 def test_a_callers_image_stays_at_its_frame():
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 10).save(buffer, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8), 200)])
@@ -320,6 +363,9 @@ def test_a_callers_image_stays_at_its_frame():
     document = open_document(image)
     assert [page.render().getpixel((0, 0))[0] for page in document] == [10, 200]
     assert image.tell() == 1
+    image.putpixel((0, 0), 77)
+    open_document(image)[0].render()
+    assert image.getpixel((0, 0)) == 77
     assert len(open_document(Image.new("RGB", (8, 8)))) == 1
 
 
@@ -434,6 +480,37 @@ def test_a_document_in_a_message_is_its_pages_given_one_by_one(nano):
     assert by_call["num_patches"].tolist() == processor(text=text, images=[*open_document(data)])["num_patches"]
 
 
+def test_documents_are_given_with_a_text_or_with_several(nano):
+    _, processor = nano
+    first, second = open_document(make_pdf(1)), open_document(make_pdf(2))
+    one = processor(text="<image>" * 3, images=[first, second])
+    assert one["num_patches"] == [2, 2, 2]
+    for images in ([first, second], [[first], [second]], [[first], second]):
+        batch = processor(text=["<image>", "<image>" * 2], images=images, padding=True)
+        assert torch.equal(batch["pixel_values"], one["pixel_values"])
+    with pytest.raises(ValueError, match="one per image"):
+        processor(text=["<image>" * 2, "<image>"], images=[[first], [second]])
+
+
+def test_documents_of_another_copy_of_the_code_are_taken(nano):
+    """transformers runs a copy of pictures.py, whose Document is another class."""
+    _, processor = nano
+    document = open_document(make_pdf(2))
+    own = processor.open_document(make_pdf(2))
+    assert type(own) is not type(document)
+    for images in (document, [document], own, list(document)):
+        assert processor.image_processor(images)["num_patches"] == [2, 2]
+    assert document[0].document._source._lock is own[0].document._source._lock  # one PDFium, one lock
+
+
+def test_file_data_never_names_a_file_of_this_machine(nano, tmp_path):
+    path = tmp_path / "private.pdf"
+    path.write_bytes(make_pdf())
+    for name in (str(path), path.as_uri()):
+        with pytest.raises(ValueError, match="file_data must be a URL like 'data:"):
+            encode(nano[1], {"type": "file", "file": {"file_data": name}})
+
+
 def test_documents_between_texts_keep_their_place(nano):
     _, processor = nano
     parts = [{"type": "text", "text": "First: "}, document_part(make_pdf(2)), {"type": "text", "text": "\nThen."}]
@@ -479,6 +556,106 @@ def test_pages_that_do_not_fit_name_the_number_of_tiles_that_does(nano):
         processor(images=open_document(many), max_num_tiles="fit")
 
 
+def test_pages_that_do_not_fit_are_refused_before_they_are_drawn(nano, monkeypatch):
+    _, processor = nano
+    drawn = []
+    data = make_pdf(9)
+    document = open_document(data)
+    monkeypatch.setattr(type(document._source), "image", lambda *args: drawn.append(args))
+    text = "<image>" * 9
+    with pytest.raises(
+        ValueError, match=r"9 pages .* at most 2 tiles .* They fit with max_num_tiles=1; .*'fit' takes"
+    ):
+        processor(text=text, images=document)
+    with pytest.raises(ValueError, match=r"180 pages .* one tile each.* Ask about fewer .* so small, \d+ fit"):
+        processor(text=text * 20, images=[document] * 20)
+    assert not drawn
+
+
+def test_the_answer_and_the_context_of_a_plan_are_the_callers(nano):
+    _, processor = nano
+    document, text = open_document(make_pdf(7)), "<image>" * 7
+    assert set(processor(text=text, images=document, max_num_tiles="fit")["num_patches"]) == {1}
+    for options in ({"answer_tokens": 8}, {"context_length": 16_384}):
+        assert set(processor(text=text, images=document, **options)["num_patches"]) == {2}
+    with pytest.raises(ValueError, match="They fit with max_num_tiles=1"):
+        processor(text=text, images=document, answer_tokens=2000)
+
+
+def test_fit_counts_with_the_options_of_the_call(nano):
+    """Without the doubling and with a thumbnail, another number of tiles fits."""
+    _, processor = nano
+    document, text = open_document(make_pdf(5)), "<image>" * 5
+    for options in ({"use_thumbnail": True}, {"upscale": 2}):
+        fitted = processor(text=text, images=document, max_num_tiles="fit", context_length=3600, **options)
+        assert len(fitted["input_ids"][0]) <= 3600 - 1024
+        largest = max(
+            number
+            for number in (1, 2)
+            if sum(processor.image_processor(document, max_num_tiles=number, **options)["num_patches"]) * 256 + 12
+            <= 3600 - 1024
+        )
+        assert (
+            fitted["num_patches"]
+            == processor.image_processor(document, max_num_tiles=largest, **options)["num_patches"]
+        )
+
+
+def test_fit_leaves_no_tile_that_the_context_has_room_for(nano):
+    """Each context from one to two tiles a page, to the token."""
+    _, processor = nano
+    document, text = open_document(make_pdf(3)), "<image>\n" * 3 + "What?"
+    needed = {
+        number: processor(text=text, images=document, max_num_tiles=number, return_tensors="np")["input_ids"].size
+        for number in (1, 2)
+    }
+    for spare, tiles in ((-1, 1), (0, 2)):
+        fitted = processor(
+            text=text, images=document, max_num_tiles="fit", context_length=needed[2] + 50 + spare, answer_tokens=50
+        )
+        assert fitted["num_patches"] == [tiles] * 3
+    with pytest.raises(ValueError, match="Ask about fewer"):
+        processor(text=text, images=document, max_num_tiles="fit", context_length=needed[1] + 49, answer_tokens=50)
+
+
+def test_a_batch_gets_one_number_of_tiles_that_fits_its_longest_prompt(nano):
+    _, processor = nano
+    short, long = open_document(make_pdf(1)), open_document(make_pdf(8))
+    batch = processor(
+        text=["<image>", "<image>" * 8], images=[short, long], max_num_tiles="fit", padding=True, context_length=4096
+    )
+    assert batch["num_patches"] == [1] * 9
+
+
+def test_chat_fits_pages_to_the_token(nano):
+    model, processor = nano
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def stop(*_, pixel_values, input_ids, **__):
+        seen.append((len(pixel_values), input_ids.shape[1]))
+        raise Seen
+
+    def ask(answer_tokens, number="fit"):
+        options = {"max_new_tokens": answer_tokens}
+        with pytest.raises(Seen):
+            model.chat(processor, question="Total?", document=data, max_num_tiles=number, generation_config=options)
+        return seen[-1]
+
+    data, own = make_pdf(5), model.generate
+    model.generate = stop
+    try:
+        num_tiles, length = ask(1, number=2)
+        assert num_tiles == 10
+        left = model.config.max_sequence_length - length
+        assert ask(left)[0] == 10 and ask(left + 1)[0] == 5
+    finally:
+        del model.generate
+    assert model.generate == own
+
+
 def test_chat_answers_about_a_document_as_about_its_pages(nano):
     model, processor = nano
     options = {"max_new_tokens": 12, "do_sample": False}
@@ -502,8 +679,9 @@ def test_chat_answers_about_a_document_as_about_its_pages(nano):
     )
     with pytest.raises(TypeError, match="needs the processor"):
         model.chat(processor.tokenizer, question=question, document=data)
-    with pytest.raises(ValueError, match="takes the place of pixel_values"):
-        model.chat(processor, question=question, document=data, **features)
+    for given in (features, {"num_patches": [1]}, {"num_patches_list": [1]}):
+        with pytest.raises(ValueError, match="takes the place of pixel_values"):
+            model.chat(processor, question=question, document=data, **given)
     with pytest.raises(ValueError, match="options of document="):
         model.chat(processor, question=question, pages="1")
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
+import fpdf
 import pytest
 import transformers
 from PIL import Image
@@ -141,6 +143,32 @@ def test_a_directory_with_a_space_in_its_name_does_not_warn(tiny_checkpoint, tmp
     assert seen == []
 
 
+def test_chat_and_demo_ask_about_the_pages_of_a_pdf(tmp_path, capsys):
+    pdf = fpdf.FPDF(unit="pt", format=(400, 448))
+    pdf.add_page()
+    pdf.add_page()
+    pdf.image(RECEIPT, 0, 0, 400, 448)
+    path = tmp_path / "two pages ü.pdf"
+    pdf.output(path)
+    tiles = tmp_path / "tiles.png"
+    arguments = [str(path), "--pages", "2", "--max-num-tiles", "1", "--tiles", str(tiles)]
+    assert chat.main([*arguments, "--question", "What is the total?"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{path}, page 2: 512 x 512 px -> 1 x 1 tiles -> 258 tokens" in printed and "72.13" in printed
+    assert Image.open(tiles).size == (512, 512)
+    assert demo.main(["--document", str(path), "--page", "2", "--max-num-tiles", "1", "--tiles", str(tiles)]) == 0
+    assert "72.13" in capsys.readouterr().out
+
+
+def test_chat_says_how_many_tiles_fit(tmp_path):
+    pdf = fpdf.FPDF()
+    for _ in range(9):
+        pdf.add_page()
+    pdf.output(tmp_path / "nine.pdf")
+    with pytest.raises(ValueError, match="They fit with max_num_tiles=1"):
+        chat.main([str(tmp_path / "nine.pdf"), "--question", "What?"])
+
+
 def test_the_demo_answers_where_it_cannot_write(tmp_path, capsys):
     image = Image.open(RECEIPT).convert("RGB")
     assert demo.run(ROOT / "nano", image, tmp_path / "absent" / "tiles.png")[0] == "72.13"
@@ -153,7 +181,7 @@ def test_the_demo_answers_where_it_cannot_write(tmp_path, capsys):
 class Slow:
     """Answers each question but one, in whose answer the user presses Ctrl-C."""
 
-    config = None  # names no limits of what the model reads
+    config = SimpleNamespace(max_sequence_length=4096)
 
     def __init__(self):
         self.turns = []

@@ -1,22 +1,27 @@
 """Talk to a checkpoint about images, turn by turn.
 
     python -m tools.chat examples/receipt.png --question "What is the total?"
+    python -m tools.chat contract.pdf --pages 1-3,7 --max-num-tiles fit
     python -m tools.chat page.png other.png --model ../my-checkpoint --tiles tiles.png
 
-The command prints how each image is cut into tiles and how many tokens it costs, and streams the answer. Without
-`--question` it asks for questions until one is empty; Ctrl-C ends an answer, and between answers the chat. `--tiles`
-writes the first image with its tiles drawn over it.
+Images, PDFs, TIFFs of several pages and animated images can be given; every page is an image. The command prints how
+each is cut into tiles and how many tokens it costs, and streams the answer. Without `--question` it asks for questions
+until one is empty; Ctrl-C ends an answer, and between answers the chat. `--tiles` writes the first page with its tiles
+drawn over it.
 """
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from nemotron_vl.image_processing import count_tiles, load_image, select_tile_grid
+from nemotron_vl.image_processing import count_tiles, page_tiling, render_page, select_tile_grid
+from nemotron_vl.pictures import is_page, open_document
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
@@ -27,6 +32,8 @@ from .threads import choose_threads
 
 CODE_FILE = "modeling_nemotron_vl.py"
 GRID_COLOUR = (220, 30, 30)
+MAX_NEW_TOKENS = 400
+QUESTION_TOKENS = 256  # of the context, that pages leave for questions
 NUMBER_COLOUR = (*GRID_COLOUR, 60)  # the page stays legible through it
 
 # transformers warns several times about a directory whose name is no Python identifier ("my clone"), which works.
@@ -59,9 +66,10 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(source, **where)
 
 
-def draw_tiles(image_processor: Any, image: Image.Image) -> Image.Image:
-    """Return the image with the borders of its tiles and their numbers drawn over it."""
-    rows, columns = select_tile_grid(image.height, image.width, image_processor.tiling)
+def draw_tiles(image_processor: Any, image: Any, max_num_tiles: int | None = None) -> Image.Image:
+    """Return an image, or a page of a document, with the borders of its tiles and their numbers drawn over it."""
+    image, tiling = _drawn(image_processor, image, max_num_tiles)
+    rows, columns = select_tile_grid(image.height, image.width, tiling)
     grid = Image.new("RGBA", image.size)
     canvas = ImageDraw.Draw(grid)
     line_width = max(2, max(image.size) // 500)
@@ -75,9 +83,16 @@ def draw_tiles(image_processor: Any, image: Image.Image) -> Image.Image:
     return Image.alpha_composite(image.convert("RGBA"), grid).convert("RGB")
 
 
-def describe(processor: Any, image: Image.Image) -> str:
-    """Say in one line how an image is cut into tiles and how many tokens it costs."""
-    tiling = processor.image_processor.tiling
+def _drawn(image_processor: Any, image: Any, max_num_tiles: int | None) -> tuple[Image.Image, Any]:
+    """Return an image, or that of a page of a document, and how it is cut into tiles."""
+    tiling = image_processor.tiling
+    tiling = tiling if max_num_tiles is None else replace(tiling, max_num_tiles=max_num_tiles)
+    return (render_page(image, tiling), page_tiling(image, tiling)[1]) if is_page(image) else (image, tiling)
+
+
+def describe(processor: Any, image: Any, max_num_tiles: int | None = None) -> str:
+    """Say in one line how an image, or a page of a document, is cut into tiles and how many tokens it costs."""
+    image, tiling = _drawn(processor.image_processor, image, max_num_tiles)
     rows, columns = select_tile_grid(image.height, image.width, tiling)
     num_tiles = count_tiles(image.height, image.width, tiling)
     num_tokens = processor.tokens_per_tile * num_tiles + 2
@@ -88,12 +103,20 @@ def describe(processor: Any, image: Image.Image) -> str:
 
 
 class Conversation:
-    """A chat about images that remembers its turns."""
+    """A chat about images, or pages of documents, that remembers its turns."""
 
-    def __init__(self, model: Any, processor: Any, images: list[Image.Image], max_new_tokens: int = 400):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        images: list[Any],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_num_tiles: int | None = None,
+    ):
         self.model = model
         self.processor = processor
-        self.features = processor.image_processor(images, return_tensors="pt") if images else {}
+        options = {"return_tensors": "pt", "max_num_tiles": max_num_tiles}
+        self.features = processor.image_processor(images, **options) if images else {}
         self.num_images = len(images)
         self.max_new_tokens = max_new_tokens
         self.history: list[tuple[str, str]] | None = None
@@ -125,25 +148,44 @@ def typed_questions() -> Iterator[str]:
     print()  # the prompt's line has not ended
 
 
+def number_or_fit(text: str) -> int | str:
+    """Return what `--max-num-tiles` names, for argparse."""
+    if text != "fit" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or 'fit', got {text!r}")
+    return text if text == "fit" else int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("chat", __doc__)
-    parser.add_argument("images", type=Path, nargs="*")
+    parser.add_argument("images", type=Path, nargs="*", help="images and documents")
+    parser.add_argument("--pages", help="of each document, such as 1-3,7 or 12-; all without it")
+    parser.add_argument("--password", help="of encrypted PDFs")
+    parser.add_argument(
+        "--max-num-tiles", type=number_or_fit, help="of each page, or 'fit': as many as the context holds"
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "nano")
     parser.add_argument("--question", nargs="+", help="ask these, one after the other, and stop")
     parser.add_argument("--tiles", type=Path, help="file for the first image with its tiles drawn over it")
     arguments = parser.parse_args(argv)
 
-    images = [load_image(path) for path in arguments.images]
+    documents = [open_document(path, pages=arguments.pages, password=arguments.password) for path in arguments.images]
     model, processor = load(arguments.model)
     choose_threads(model)
-    for path, image in zip(arguments.images, images, strict=True):
-        print(f"{path}: {describe(processor, image)}")
-        if note := warning(model, processor, image):
-            print(f"{path}: {note}")
-    if arguments.tiles and images:
-        draw_tiles(processor.image_processor, images[0]).save(arguments.tiles)
+    pages = [page for document in documents for page in document]
+    max_num_tiles = None
+    if pages:
+        room = model.config.max_sequence_length - MAX_NEW_TOKENS - QUESTION_TOKENS
+        max_num_tiles = processor.fitting_options(pages, arguments.max_num_tiles, room)["max_num_tiles"]
+    for path, document in zip(arguments.images, documents, strict=True):
+        for page in document:
+            name = f"{path}, page {page.number}" if document.num_pages > 1 else path
+            print(f"{name}: {describe(processor, page, max_num_tiles)}")
+            if note := warning(model, processor, _drawn(processor.image_processor, page, max_num_tiles)[0]):
+                print(f"{name}: {note}")
+    if arguments.tiles and pages:
+        draw_tiles(processor.image_processor, pages[0], max_num_tiles).save(arguments.tiles)
         print(f"Tiles drawn over the image: {arguments.tiles}")
-    conversation = Conversation(model, processor, images)
+    conversation = Conversation(model, processor, pages, max_num_tiles=max_num_tiles)
     for question in arguments.question or ():
         print(f"> {question}")
         conversation.ask(question)
