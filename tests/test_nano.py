@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
     turns = []
 
     class Model:
-        config = None  # names no limits of what the model reads
+        config = SimpleNamespace(max_sequence_length=4096)
 
         def chat(self, processor, question, history, **options):
             turns.append((question, history, len(options["pixel_values"])))
