@@ -14,12 +14,14 @@ from documents.contents import make_page
 from documents.pages import Page
 from documents.questions import (
     ABSENT,
-    PAGE_VERDICTS,
-    TEXT_QUESTIONS,
+    COMPARE_PHRASINGS,
     Conversation,
+    QuestionMaker,
     Turn,
+    amount_of,
+    comparison,
+    distinct_turns,
     table_as_html,
-    verdict_of,
     with_name,
 )
 from documents.questions import instruction_texts as first_texts
@@ -112,13 +114,6 @@ HTML_PHRASINGS = (
     "Convert the table to HTML.",
     "Give the table as HTML.",
 )
-COMPARE_PHRASINGS = {
-    "higher": ("Which page has the higher {}?", "Which {} is higher?", "Find the higher {}."),
-    "same": ("Do both pages have the same {}?", "Is the {} the same?", "Do both pages give the same {}?"),
-    "which": ("Which page is from {}?", "Find the page from {}.", "Which of both pages is from {}?"),
-}
-PAGE_PHRASING = "What is the {0} of the {1} page?"
-
 NAMES = {
     "supplier": words(
         "supplier|seller|name of the shop|shop|store|merchant|vendor|company|name of the store|store name|"
@@ -232,22 +227,8 @@ CONFUSED = {
 }
 
 
-class Asker:
-    """Makes questions of one split from one random generator."""
-
-    def __init__(self, rng: random.Random, split: str):
-        self.rng, self.split = rng, split
-
-    def phrase(self, phrasings: tuple[str, ...], *parts: str) -> tuple[str, bool]:
-        """Return a question, and whether training has its phrasing."""
-        last = len(phrasings) - 1
-        index = last if self.split == "heldout" and self.rng.random() < 0.3 else self.rng.randrange(last)
-        question = phrasings[index].format(*parts)
-        return question[0].upper() + question[1:], index != last
-
-    def turn(self, task: str, answer: str, phrasings: tuple[str, ...], *parts: str) -> Turn:
-        question, is_seen = self.phrase(phrasings, *parts)
-        return Turn(task, question, answer, is_seen)
+class Asker(QuestionMaker):
+    """Makes questions about pages of ordinary layouts."""
 
     def name_of(self, field: str) -> str:
         return self.rng.choice(NAMES.get(field, (field,)))
@@ -325,10 +306,6 @@ class Asker:
     def html(self, page: Page) -> Turn:
         return self.turn("html", table_as_html(page.table), HTML_PHRASINGS)
 
-    def text_only(self) -> Turn:
-        answer = self.rng.choice(list(TEXT_QUESTIONS))
-        return self.turn("text", answer, TEXT_QUESTIONS[answer])
-
     def compare(self, first: Page, second: Page) -> Turn:
         """Return a question about a field that both pages have; the answer gives both values, then the verdict."""
         names = [name for name in ("date", "supplier", "total") if name in first.fields and name in second.fields]
@@ -344,34 +321,11 @@ class Asker:
         return self.turn("compare", comparison(kind, *values[name], asked), COMPARE_PHRASINGS[kind], asked)
 
 
-def amount_of(printed: str) -> float:
-    """Return a printed amount ("1.240,50 EUR", "-$3.20") as a number; its last mark is the decimal one."""
-    digits = re.sub(r"[^\d.,-]", "", printed)
-    return float(re.sub(r"[.,]", "", digits)) / (100 if re.search(r"[.,]\d\d$", digits) else 1)
-
-
-def comparison(kind: str, first: str, second: str, asked: str) -> str:
-    """Return the answer to a question of `COMPARE_PHRASINGS` about two values: the values, then the verdict."""
-    if kind == "same":
-        verdict = "Yes." if first == second else "No."
-    else:
-        verdict = PAGE_VERDICTS[asked == second if kind == "which" else amount_of(second) > amount_of(first)]
-    return f"{first} and {second}. {verdict}"
-
-
 def ask(seed: int, split: str, page: Page, num_turns: int) -> Conversation:
     """Return `num_turns` short questions about a page, all different."""
     asker = Asker(random.Random(f"questions {split} {seed}"), split)
-    turns: dict[str, Turn] = {}
-    for _ in range(num_turns * 4):
-        kinds = [asker.field] * 5 + [asker.absent] * 2 + [asker.check] + ([asker.price] * 3 if page.prices else [])
-        turn = asker.rng.choice(kinds)(page)
-        # Each value is asked for once; a second time it could be copied from the earlier answer.
-        value = turn.answer.split(" (")[0]
-        turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else value, turn)
-        if len(turns) == num_turns:
-            break
-    return Conversation([page], list(turns.values()))
+    kinds = [asker.field] * 5 + [asker.absent] * 2 + [asker.check] + ([asker.price] * 3 if page.prices else [])
+    return Conversation([page], distinct_turns(lambda: asker.rng.choice(kinds)(page), num_turns))
 
 
 def read_out(seed: int, split: str, page: Page) -> Conversation:
@@ -391,13 +345,7 @@ def compare(seed: int, split: str, num_turns: int) -> Conversation:
     if names and asker.rng.random() < 0.4:
         name = asker.rng.choice(names)
         replace_value(pages[1], name, pages[0].fields[name])
-    turns: dict[str, Turn] = {}
-    for _ in range(num_turns * 4):
-        turn = asker.compare(*pages)
-        turns.setdefault(turn.answer.removesuffix(verdict_of(turn.answer)), turn)
-        if len(turns) == num_turns:
-            break
-    return Conversation(pages, list(turns.values()))
+    return Conversation(pages, distinct_turns(lambda: asker.compare(*pages), num_turns))
 
 
 def replace_value(page: Page, name: str, value: str) -> None:

@@ -7,7 +7,8 @@ the highest value of a chart gives the value and its name: "87 (Milk)".
 """
 
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from documents.generator import KINDS, Document, document
@@ -262,23 +263,38 @@ def verdict_of(answer: str) -> str:
 
 
 def amount_of(printed: str) -> float:
-    """Return a printed amount as a number."""
-    return float(printed.lstrip("$\u20ac\u00a3").replace(",", "."))
+    """Return a printed amount ("1.240,50 EUR", "-$3.20") as a number; its last mark is the decimal one."""
+    digits = re.sub(r"[^\d.,-]", "", printed)
+    return float(re.sub(r"[.,]", "", digits)) / (100 if re.search(r"[.,]\d\d$", digits) else 1)
+
+
+def distinct_turns(make: Callable[[], Turn], num_turns: int) -> list[Turn]:
+    """Return turns of which none asks for a value again: it could be copied from the earlier answer.
+
+    Args:
+        make: makes a turn at random.
+        num_turns: as many, or fewer if four times as many tries do not find them.
+    """
+    turns: dict[str, Turn] = {}
+    for _ in range(num_turns * 4):
+        turn = make()
+        if turn.task == "compare":
+            value = turn.answer.removesuffix(verdict_of(turn.answer))
+        elif turn.answer in (ABSENT, "Yes.", "No."):
+            value = turn.question
+        else:
+            value = turn.answer.split(" (")[0]  # "87 (Milk)" contains the value of Milk
+        turns.setdefault(value, turn)
+        if len(turns) == num_turns:
+            break
+    return list(turns.values())
 
 
 def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
     """Return `num_turns` short questions about a page, all different."""
     maker = QuestionMaker(random.Random(f"questions {split} {seed}"), split)
-    turns: dict[str, Turn] = {}
-    for _ in range(num_turns * 4):
-        kinds = [maker.field] * 4 + [maker.absent, maker.check] + ([maker.price] * 3 if page.prices else [])
-        turn = maker.rng.choice(kinds)(page)
-        # Each value is asked for once; a second time it could be copied from the earlier answer.
-        value = turn.answer.split(" (")[0]  # "87 (Milk)" contains the value of Milk
-        turns.setdefault(turn.question if turn.answer in (ABSENT, "Yes.", "No.") else value, turn)
-        if len(turns) == num_turns:
-            break
-    return Conversation([page], list(turns.values()))
+    kinds = [maker.field] * 4 + [maker.absent, maker.check] + ([maker.price] * 3 if page.prices else [])
+    return Conversation([page], distinct_turns(lambda: maker.rng.choice(kinds)(page), num_turns))
 
 
 def read_out(seed: int, split: str, page: Document) -> Conversation:
@@ -297,14 +313,7 @@ def compare(seed: int, split: str, num_turns: int) -> Conversation:
         shared = [name for name in ("date", "supplier", "total") if all(name in page.fields for page in pages)]
         name = maker.rng.choice(shared)
         replace_value(pages[1], name, pages[0].fields[name])
-    turns: dict[str, Turn] = {}
-    for _ in range(num_turns * 4):
-        turn = maker.compare(*pages)
-        # Each pair is asked about once; a second time its values could be copied from the earlier answer.
-        turns.setdefault(turn.answer.removesuffix(verdict_of(turn.answer)), turn)
-        if len(turns) == num_turns:
-            break
-    return Conversation(pages, list(turns.values()))
+    return Conversation(pages, distinct_turns(lambda: maker.compare(*pages), num_turns))
 
 
 def replace_value(page: Document, name: str, value: str) -> None:

@@ -618,6 +618,17 @@ def test_fit_leaves_no_tile_that_the_context_has_room_for(nano):
         processor(text=text, images=document, max_num_tiles="fit", context_length=needed[1] + 49, answer_tokens=50)
 
 
+def test_pages_fit_beside_a_video(nano):
+    """The frames of a video take room, which is counted to the token."""
+    _, processor = nano
+    document, video = open_document(make_pdf(2)), [Image.new("RGB", (512, 512))] * 3
+    inputs = {"text": "<video><image><image>Total?", "images": document, "videos": [video], "answer_tokens": 50}
+    length = len(processor(**inputs)["input_ids"][0])
+    for spare, tiles in ((0, 2), (-1, 1)):
+        fitted = processor(**inputs, max_num_tiles="fit", context_length=length + 50 + spare)
+        assert fitted["num_patches"] == [tiles] * 2
+
+
 def test_a_batch_gets_one_number_of_tiles_that_fits_its_longest_prompt(nano):
     _, processor = nano
     short, long = open_document(make_pdf(1)), open_document(make_pdf(8))
