@@ -25,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
 
 from tools import ROOT
 
@@ -315,6 +316,9 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         stack.enter_context(mock.patch.object(trial, "runs_kernels", runs))
         attend = launching("attention", attend_plainly)
         stack.enter_context(mock.patch.object(decode_attention, "_launch", attend))
+        # The copy of the file that transformers runs for remote code registers the same name.
+        registered = {decode_attention.NAME: decode_attention.decode_attention_forward}
+        stack.enter_context(mock.patch.dict(AttentionInterface._global_mapping, registered))
         multiply = launching("packed", multiply_plainly)
         stack.enter_context(mock.patch.object(quantization_nemotron_vl, "multiply_packed", multiply))
         compiles = "_valid_auto_compile_criteria"

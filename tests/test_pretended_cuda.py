@@ -1,7 +1,6 @@
 """The main paths on a pretended CUDA device: no mixed devices, no new waits of the host, the CPU's tokens."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -119,9 +118,6 @@ def test_the_host_waits_once_for_a_prompt_with_images_and_never_in_a_step(placed
     assert sum(cuda.own_waits().values()) == 1
 
 
-@pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="depends on what ran before in the process: run it alone"
-)
 def test_the_decode_steps_run_the_attention_kernel_and_nothing_is_copied_to_the_device(placed, cuda, processor):
     placed.generate(**cuda.place(prompt(processor, "What?")), **{**GREEDY, "max_new_tokens": 1, "min_new_tokens": 1})
     assert not cuda.launches
