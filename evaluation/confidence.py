@@ -9,7 +9,6 @@ with an odd seed give every number shown. `--keep` writes the temperature into t
 where `chat` and `extract` find it. The last line of the output is one JSON object.
 """
 
-import argparse
 import json
 import random
 import time
@@ -18,12 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from documents.drawing import draw, random_style, require_fonts
 from documents.generator import document
 from documents.questions import EXPECTED
-from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import SPLIT
 from tools.chat import load
 from tools.command_line import progress
@@ -130,11 +128,8 @@ def keep_temperature(checkpoint: Path, temperature: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__)
     parser.add_argument("--documents", type=int, default=400)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every value")
     parser.add_argument("--plot", type=Path, help="image file for the reliability")
     parser.add_argument("--keep", action="store_true", help="write the temperature into the checkpoint")
     arguments = parser.parse_args()
@@ -146,16 +141,12 @@ def main() -> None:
     for seed in progress(range(arguments.documents), desc="Reading", unit="document"):
         rows += read_values(model, processor, seed)
     report = {
-        "model": arguments.model.name,
+        **conditions(arguments),
         "documents": arguments.documents,
         "seconds": round(time.monotonic() - started),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         **judge(rows),
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report | {"read": rows}, indent=1) + "\n")
+    write_report(arguments.out, report | {"read": rows})
     if arguments.plot:
         plot(report, arguments.plot)
     if arguments.keep:

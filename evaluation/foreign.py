@@ -6,16 +6,14 @@ The receipts are drawn here with code, shops, wares and arrangements of their ow
 typefaces, and nothing is trained on them. Asked are the total, the date and the receipt's number.
 """
 
-import argparse
 import json
 import random
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
 from documents import fonts
-from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from tools.chat import load
 from tools.command_line import progress
 
@@ -129,24 +127,20 @@ def answers(model, processor, num_receipts: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__)
     parser.add_argument("--receipts", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     fonts.require("train", "heldout")
     rows = answers(*load(arguments.model), arguments.receipts)
     numbers = {name: sum(row["right"] for row in rows if row["asked"] == name) for name in QUESTIONS}
     report = {
-        "model": arguments.model.name,
+        **conditions(arguments),
         "receipts": arguments.receipts,
         "right": numbers,
         "all": sum(numbers.values()),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
+    write_report(arguments.out, report | {"answers": rows})
     print(json.dumps(report))
 
 

@@ -9,24 +9,21 @@ Names, dates and amounts are never those of training. Half of the images use a f
 three in ten questions a phrasing that training has not seen. The last line of the output is one JSON object.
 """
 
-import argparse
 import json
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image
 
 from documents.distance import edit_distance
 from documents.drawing import FONTS, draw, random_style, require_fonts
 from documents.generator import KINDS, LONG_KINDS, NUM_LAYOUTS, document
 from documents.questions import Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
-from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from tools.chat import load
 from tools.command_line import progress
 
@@ -199,13 +196,10 @@ def evaluate(model, processor, questions: list[Question], batch_size: int) -> li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     require_fonts("heldout")
@@ -215,18 +209,13 @@ def main() -> None:
     started = time.monotonic()
     rows = evaluate(model, processor, questions, arguments.batch_size)
     report = {
-        "model": arguments.model.name,
+        **conditions(arguments),
         "documents": arguments.documents,
         "kinds": arguments.kinds,
         "seconds": round(time.monotonic() - started),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": arguments.threads,
         "tasks": summarize(rows),
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
+    write_report(arguments.out, report | {"answers": rows})
     print(f"{markdown(report)}\n{json.dumps(report)}")
 
 

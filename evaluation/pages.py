@@ -7,21 +7,18 @@ questions with a phrasing that training lacks. "declined" is the share of questi
 the checkpoint says that there is none.
 """
 
-import argparse
 import json
 import random
 import time
-from pathlib import Path
 
 import torch
-import transformers
 
 from documents import fonts
 from documents.asking import Asker, ask, compare, text_only
 from documents.contents import KINDS, make_page
 from documents.questions import ABSENT, Conversation
 from documents.typesetting import draw, set_page
-from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import SPLIT, TASKS, Question, evaluate, markdown, mean, summarize
 from tools.chat import load
 
@@ -91,12 +88,9 @@ def make_questions(num_documents: int) -> list[Question]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=1, help="answers at a time; pages must have as many tiles")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     fonts.require("train", "heldout")
@@ -108,17 +102,13 @@ def main() -> None:
         row for row in rows if row["wanted"] != ABSENT and row["task"] in ("field", "price", "cell", "chart")
     ]
     report = {
-        "model": arguments.model.name,
+        **conditions(arguments),
         "documents": arguments.documents,
         "seconds": round(time.monotonic() - started),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": arguments.threads,
         "declined": mean(row["given"] == ABSENT for row in answerable),
         "tasks": summarize(rows),
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
+    write_report(arguments.out, report | {"answers": rows})
     print(f"{markdown(report)}\n{json.dumps(report)}")
 
 

@@ -8,7 +8,6 @@ are those of the packed ones, only faster. Prints a table whose first row holds 
 hold differences from it in percentage points; the last line of the output is one JSON object.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from documents.drawing import draw, random_style, require_fonts
 from documents.generator import KINDS, document
 from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import evaluate, make_questions, mean
 from evaluation.tables import paired_difference
 from tools.chat import load
@@ -98,15 +97,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__, threads=1)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--calibration-images", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=64, help="AWQ: inputs per scale; nano's widths allow 64")
     parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     require_fonts()
@@ -115,14 +111,11 @@ def main() -> None:
     before = evaluate(model, processor, questions, arguments.batch_size)
     size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
     report = {
-        "model": arguments.model.name,
+        **conditions(arguments),
         "documents": arguments.documents,
         "dtype": str(model.dtype).removeprefix("torch."),
         "awq_group_size": arguments.group_size,
         "calibration_images": arguments.calibration_images,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": arguments.threads,
         "date": time.strftime("%Y-%m-%d"),
         "formats": {PLAIN: {"bytes": size, "percent": percentages(before)}},
     }
@@ -134,9 +127,7 @@ def main() -> None:
             model, processor = load(out, dequantize=True)
             after = evaluate(model, processor, questions, arguments.batch_size)
             report["formats"][name] = numbers | compare(before, after) | {"percent": percentages(after)}
-            if arguments.out:  # after every format: a stopped run keeps what it has
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_report(arguments.out, report)  # after every format: a stopped run keeps what it has
     print(f"\n{markdown(report)}\n{json.dumps(report)}")
 
 

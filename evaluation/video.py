@@ -8,23 +8,20 @@ comparison the same question is asked about that receipt as an image. Both layou
 of the output is one JSON object.
 """
 
-import argparse
 import io
 import json
 import random
-from pathlib import Path
 
 import av
 import numpy as np
 import torch
-import transformers
 from nemotron_vl.prompts import V1_LAYOUTS
 from PIL import Image
 
 from documents.drawing import draw, random_style, require_fonts
 from documents.generator import Document, document
 from documents.questions import QuestionMaker, Turn
-from evaluation import ROOT
+from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import MAX_NEW_TOKENS_OF_OTHERS, SPLIT, mean
 from tools.chat import load
 from tools.command_line import progress
@@ -113,25 +110,18 @@ def summarize(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "nano")
+    parser = evaluation_parser(__doc__)
     parser.add_argument("--clips", type=int, default=100, help="films of each number of receipts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers and every answer")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     require_fonts("heldout")
     model, processor = load(arguments.model)
     rows = evaluate(model, processor, arguments.clips)
     report = {
-        "model": arguments.model.name,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **conditions(arguments),
         "films": summarize(rows),
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report | {"answers": rows}, indent=1) + "\n")
+    write_report(arguments.out, report | {"answers": rows})
     print("| receipts | layout | films | right about the film | right about the image |\n|---|---|---|---|---|")
     for line in report["films"]:
         print("| {receipts} | {layout} | {films} | {given:.3f} | {image:.3f} |".format(**line))
