@@ -1,7 +1,7 @@
 """Conversations with a model: `chat`, `chat_stream`, the history, and the cache that a caller may keep.
 
-`ChatMixin` turns questions, history, tiles and videos into prompts, and calls the model's `generate` for the answers. Each
-call gets everything that the conversation needs; nothing is stored on the model.
+`ChatMixin` turns questions, history, tiles and videos into prompts, and calls the model's `generate` for the answers.
+Each call gets everything that the conversation needs; nothing is stored on the model.
 """
 
 import bisect
@@ -235,7 +235,8 @@ class ChatMixin:
 
         Each `<image>` in the question and in the questions of the history marks the place of one image, in order. If
         a first question has none, one `<image>` per image is put in front of it. In a call with `video` the same holds
-        for `<video>`. All other control tokens in the texts are plain text. Nothing is stored on the model, and the caller's objects are not changed.
+        for `<video>`. All other control tokens in the texts are plain text. Nothing is stored on the model, and the
+        caller's objects are not changed.
 
         Args:
             tokenizer: the checkpoint's tokenizer, or its processor.

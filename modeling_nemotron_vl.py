@@ -1170,7 +1170,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         mm_token_type_ids: torch.Tensor | None = None,
         num_placeholders: int | None = None,
     ) -> torch.Tensor | None:
-        """Embed a prompt with its images and videos, `(batch_size, sequence_length, hidden_size)`; None if its ids are enough.
+        """Embed a prompt with its images and videos; None if its ids are enough.
+
+        The result is `(batch_size, sequence_length, hidden_size)`.
 
         `inputs_embeds` are embeddings that the caller made of the ids; without features they stand for the prompt.
         `num_placeholders` is how many image tokens the ids have, if that is known.

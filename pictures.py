@@ -583,9 +583,8 @@ class _PdfFile:
             atexit.register(_close_pdfs)  # after pypdfium2's own, so that it runs before
         _OPEN_PDFS.add(self)
         self._pdf: Any = None
-        self._pypdfium2 = (
-            pypdfium2  # transformers refuses to load a file with imports of absent packages outside `try`
-        )
+        # Kept, because transformers loads no file that imports an absent package outside of `try`.
+        self._pypdfium2 = pypdfium2
         # PDFium is not safe with threads. The lock belongs to the module: transformers runs a second copy of this file.
         # Reentrant, because collecting a document may close it inside such a call.
         self._lock = vars(pypdfium2).setdefault("_nemotron_vl_lock", threading.RLock())
@@ -661,7 +660,8 @@ class _PdfFile:
 def _opened_image(image: Image.Image) -> "_ImageFile":
     """Open the pages of a caller's PIL image: its current pixels, or, if its file has several frames, a copy of that.
 
-    Pillow forgets changed pixels as soon as it goes to another frame, or counts them, so the caller's object is not asked.
+    Pillow forgets changed pixels as soon as it goes to another frame, or counts them, so the caller's object is not
+    touched.
     """
     file = getattr(image, "fp", None) or getattr(image, "_fp", None)
     if image.format in PAGED_FORMATS and hasattr(file, "seekable") and not file.closed:

@@ -1,8 +1,8 @@
 """From text with placeholders to ids: protects user text, writes images and videos into prompts, and splits contents.
 
 User text is data. Before a conversation is rendered, a marker character is put into every control token of its texts
-(`<image>`, `<video>`, `<|eot_id|>`, ...). The rendered prompt is cut at the markers, and each piece is tokenised by itself, so no
-text can forge a turn, an image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` of the
+(`<image>`, `<video>`, `<|eot_id|>`, ...). The rendered prompt is cut at the markers, and each piece is tokenised by
+itself, so no text can forge a turn, an image or an end. `chat()` of the model and `apply_chat_template(tokenize=True)` of the
 processor both work this way.
 """
 

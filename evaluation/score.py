@@ -28,12 +28,12 @@ from evaluation import ROOT
 from evaluation.answers import AnswerFile, KeepsAnswers, checkpoint_digest, files_digest
 from evaluation.scorers import CATEGORY_OF_TYPE, ocrbench_v2_overall
 from evaluation.tables import paired_difference, table
+from evaluation.tasks.utils import STYLES
 from tools.command_line import prepare, progress, require_checkpoint, require_directory, sentence_of
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 INSTALL = "docs/evaluation.md has the command that installs what evaluation.score needs"
 SCORES_FILE = "scores.json"
-STYLES = ("nvidia", "vlmevalkit", "lmms", "plain")
 
 
 @dataclass(frozen=True)

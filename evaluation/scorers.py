@@ -8,7 +8,7 @@ asks a judge, MMMU's choice with its random draw, the letter of Video-MME, and O
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 # OCRBench v2: the category of each type of question, English and Chinese (eval_scripts/get_score.py).
@@ -181,10 +181,3 @@ def videomme_letter(prediction: str) -> str:
 def option_letters(count: int) -> list[str]:
     """Return the letters of so many options: A, B, C, ..."""
     return [chr(ord("A") + index) for index in range(count)]
-
-
-def category_counts(report: Mapping[str, dict]) -> dict[str, int]:
-    """Return how many questions of each language a report of `ocrbench_v2_overall` counts."""
-    return {
-        language: sum(mean["count"] for mean in numbers["categories"].values()) for language, numbers in report.items()
-    }

@@ -434,8 +434,8 @@ def _link(source: Path, target: Path) -> str:
 def how_to_load(out: Path, quantised: bool = False) -> str:
     """Return the lines a user types next."""
     modes = (
-        "\nThe weights stay packed in memory and are unpacked in every step; from_pretrained(..., dequantize=True) unpacks "
-        "them once: as much memory as the unquantised model, and faster wherever that fits."
+        "\nThe weights stay packed in memory. from_pretrained(..., dequantize=True) unpacks them once, which takes as much "
+        "memory as the unquantised model: where nothing multiplies packed weights (docs/quantized.md), it is faster."
     )
     return f"""Load it:
   from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
