@@ -191,7 +191,7 @@ class ChatMixin:
 
     The model has to provide what every generating model of transformers has (`generate`, `config`,
     `get_input_embeddings`, ...). It also needs `_check_images(pixel_values, visual_features)`, which raises an error
-    for tensors of a wrong shape, `_frame_recipe()`, the options that its frames need, and `prompt_format`.
+    for tensors of a wrong shape, and `prompt_format`.
     """
 
     prompt_format: PromptFormat
@@ -375,7 +375,7 @@ class ChatMixin:
             return ChatVideos(None, [], None)
         video_processor = getattr(processor, "video_processor", None)
         if video_processor is None:
-            video_processor = NemotronVLVideoProcessor(image_size=self.config.force_image_size, **self._frame_recipe())
+            video_processor = NemotronVLVideoProcessor.of_config(self.config)
         batch = video_processor(videos, **{**given, "return_metadata": True})
         return ChatVideos(batch["pixel_values_videos"], batch["video_metadata"], groups)
 

@@ -155,6 +155,19 @@ V2_RECIPE = {name: getattr(V2_TILING, name) for name in CHOICES}
 V2_RECIPE |= {"do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 
 
+def recipe_of(config: Any) -> dict[str, Any]:
+    """Return the options of an image processor for the model that a config describes, where they are not the defaults.
+
+    Args:
+        config: a `NemotronVLConfig`, or that of the 12B V2, whose tower takes normalised tiles.
+    """
+    recipe = {"image_size": config.force_image_size, "patch_size": config.patch_size}
+    recipe["downsample_ratio"] = config.downsample_ratio
+    if config.vision_config.external_normalization:
+        recipe |= {**V2_RECIPE, "image_mean": config.norm_mean, "image_std": config.norm_std}
+    return recipe
+
+
 def select_tile_grid(height: int, width: int, tiling: Tiling = V1_TILING, **changes: Any) -> tuple[int, int]:
     """Choose the grid of tiles for an image of `height` x `width` pixels.
 

@@ -37,7 +37,7 @@ from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .cpu_matmul import has_product as has_product
 from .decode_attention import default_attention, reused_cache
-from .image_processing import V2_RECIPE
+from .image_processing import recipe_of as recipe_of
 from .packed_matmul import has_kernel as has_kernel
 from .pictures import Document as Document
 from .prompts import IMAGE_TOKEN, TOKEN_TYPES, V1_FORMAT, V2_FORMAT, VIDEO_TOKEN
@@ -45,7 +45,7 @@ from .quantization_nemotron_vl import prepare_loading
 from .radio_model import RADIOModel, RADIOModelOutput
 from .torch_int4 import convert as convert
 from .triton_kernels import runs_kernels
-from .video_processing import NemotronVLVideoProcessor as NemotronVLVideoProcessor  # for the same reason
+from .video_processing import NemotronVLVideoProcessor as NemotronVLVideoProcessor
 
 try:
     from transformers import NemotronHForCausalLM, NemotronHModel
@@ -270,10 +270,6 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         raise NotImplementedError(
             "NemotronVLForConditionalGeneration is no model by itself; take one of its two members."
         )
-
-    def _frame_recipe(self) -> dict[str, Any]:
-        """Return the options of a `NemotronVLVideoProcessor` whose frames this model takes."""
-        return {}
 
     @property
     def model(self) -> "NemotronVLModel":
@@ -1462,9 +1458,6 @@ class NemotronH_Nano_VL_V2(NemotronVLForConditionalGeneration, GenerationMixin):
         low = min((-BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
         high = max((1 + BICUBIC_OVERSHOOT - mean) / std for mean, std in statistics)
         return low, high, "this model takes normalised tiles. Use this checkpoint's image processor"
-
-    def _frame_recipe(self) -> dict[str, Any]:
-        return {**V2_RECIPE, "image_mean": self.config.norm_mean, "image_std": self.config.norm_std}
 
     @staticmethod
     def create_masks_for_generate(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor | None]:

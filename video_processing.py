@@ -26,7 +26,7 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.utils import logging
 
-from .image_processing import NemotronVLImageProcessor, Tiling, cut_tiles
+from .image_processing import NemotronVLImageProcessor, Tiling, cut_tiles, recipe_of
 from .pictures import RGBImage, load_image
 
 logger = logging.get_logger(__name__)
@@ -745,6 +745,11 @@ class NemotronVLVideoProcessor(NemotronVLImageProcessor):
         self.max_frame_pixels, self.max_source_frames = max_frame_pixels, max_source_frames
         self.max_file_bytes = max_file_bytes
         self._sampling({})  # checks them
+
+    @classmethod
+    def of_config(cls, config: Any) -> "NemotronVLVideoProcessor":
+        """Return the video processor for the model that a config describes."""
+        return cls(**recipe_of(config))
 
     @classmethod
     def of_images(cls, image_processor: NemotronVLImageProcessor) -> "NemotronVLVideoProcessor":

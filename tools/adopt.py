@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 from nemotron_vl.checkpoint import INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, CheckpointError, read_json
 from nemotron_vl.configuration_nemotron_vl import IMAGE_TOKEN, NemotronVLConfig, NemotronVLV2Config
-from nemotron_vl.image_processing import V2_RECIPE, NemotronVLImageProcessor
+from nemotron_vl.image_processing import NemotronVLImageProcessor, recipe_of
 from nemotron_vl.processing_nemotron_vl import with_keys_of_all_versions
 from transformers import PretrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -275,9 +275,7 @@ def _prompts_of(template: str, tokens: dict[str, str]) -> list[str] | None:
 def processor_files(found: Inspection, config_dict: dict[str, Any]) -> dict[str, bytes]:
     """Our image processor with the source's options, and our processor."""
     config, source = found.config, found.source
-    options: dict[str, Any] = {"image_size": config.force_image_size}
-    if config.vision_config.external_normalization:
-        options |= {**V2_RECIPE, "image_mean": config.norm_mean, "image_std": config.norm_std}
+    options = recipe_of(config)
     if (source / "preprocessor_config.json").exists():
         options |= read_json(source / "preprocessor_config.json")
     elif (source / "processor_config.json").exists():  # transformers 5 saves the image processor inside
