@@ -626,11 +626,14 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         device_map = vars(self).get("hf_device_map")
         return device_map is not None and len(set(device_map.values())) > 1
 
-    def _beside_embeddings(self, tensor: Any) -> Any:
-        """Move ids or a mask, if it is a tensor, to the device of the embeddings."""
+    def _beside_embeddings(self, tensor: Any, inputs_embeds: torch.Tensor | None = None) -> Any:
+        """Move ids or a mask, if it is a tensor, to the device of embedded inputs, or of the embeddings' weights.
+
+        accelerate's hooks may bring embedded inputs to another device than that of the weights.
+        """
         if not isinstance(tensor, torch.Tensor):
             return tensor
-        return _move(tensor, self.get_input_embeddings().weight.device)
+        return _move(tensor, (self.get_input_embeddings().weight if inputs_embeds is None else inputs_embeds).device)
 
     def _count_visual(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Count the image tokens of ids and, for a model that has them, the video tokens, on their device."""
@@ -729,7 +732,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             input_ids, inputs_embeds, visual, past_key_values
         )
         # generate makes positions beside the ids; a device map may have put the embeddings elsewhere.
-        attention_mask, position_ids = map(self._beside_embeddings, (attention_mask, position_ids))
+        attention_mask, position_ids = (
+            self._beside_embeddings(tensor, prompt.get("inputs_embeds")) for tensor in (attention_mask, position_ids)
+        )
         outputs = self.language_model(
             **prompt,
             attention_mask=attention_mask,

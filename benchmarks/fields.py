@@ -7,6 +7,7 @@ many as the 8B has. That one is made up of random words, since no checkpoint wit
 an invoice with twelve items. "step" is a step of nano's language model, of which the last numbers are the shares.
 """
 
+import argparse
 import json
 import random
 import statistics
@@ -93,6 +94,7 @@ def step_of(model: Any, num_tokens: int = 60) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     model, processor = load(ROOT / "nano")
     schema = Fields.of(SCHEMA).asked
