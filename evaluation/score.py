@@ -115,6 +115,10 @@ def vllm_model(folder: Path, arguments: argparse.Namespace) -> Any:
     from lmms_eval.models.chat.vllm import VLLM
 
     class Vllm(KeepsAnswers, VLLM):
+        @property
+        def batch_size(self) -> int:
+            return self.batch_size_per_gpu
+
         @contextlib.contextmanager
         def options_for(self, request: Any) -> Iterator[None]:
             """Hold the task's limit: lmms-eval takes the larger one of the task's and the model's own."""
