@@ -198,8 +198,10 @@ original = command.progress
 
 
 @pytest.mark.slow
-def test_ctrl_c_finishes_the_page_in_flight_and_the_same_command_goes_on(folder, tmp_path):
-    out = tmp_path / "out"
+def test_ctrl_c_finishes_the_page_in_flight_and_the_same_command_goes_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    number_of_documents = 16  # more than are read before the signal comes
+    folder, out = draw_documents(tmp_path / "in", number_of_documents), tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "tools.read", str(folder), "--out", str(out)]
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -213,8 +215,8 @@ def test_ctrl_c_finishes_the_page_in_flight_and_the_same_command_goes_on(folder,
         said, errors = process.communicate(timeout=120)
         assert process.returncode == 130, errors
         assert "Finishing the page in flight" in errors and "Traceback" not in errors
-        assert said.startswith("4 documents, ") and num_rows(out) < 4
-    assert call(folder, "--out", out).returncode == 0 and num_rows(out) == 4
+        assert said.startswith(f"{number_of_documents} documents, ") and num_rows(out) < number_of_documents
+    assert call(folder, "--out", out).returncode == 0 and num_rows(out) == number_of_documents
 
 
 def num_rows(out: Path) -> int:
