@@ -532,18 +532,32 @@ def document_of_part(part: dict[str, Any]) -> Document:
     return open_document(source, pages=holder.get("pages"), password=holder.get("password"))
 
 
+def page_spans(pages: str) -> list[tuple[int, int | None]]:
+    """Read which pages a text names, such as "1-3,7,10-".
+
+    Returns:
+        the first and the last page of each span, from 1; None for a span to the end.
+
+    Raises:
+        ValueError: if the text has another form.
+    """
+    spans: list[tuple[int, int | None]] = []
+    for part in pages.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(-\s*(\d{1,9})?)?\s*", part, re.ASCII)
+        if not match:
+            raise ValueError(f"pages must look like '1-3,7' or '12-', numbers from 1, got {pages!r:.80}.")
+        first = int(match[1])
+        spans.append((first, int(match[3]) if match[3] else None if match[2] else first))
+    return spans
+
+
 def _chosen_pages(pages: str | Iterable[int] | None, num_pages: int, name: str) -> tuple[int, ...]:
     """Return page numbers, checked; see `open_document`."""
     if pages is None:
         return tuple(range(1, num_pages + 1))
-    spans: list[tuple[Any, Any]] = []
+    spans: list[tuple[int, int]] = []
     if isinstance(pages, str):
-        for part in pages.split(","):
-            match = re.fullmatch(r"\s*(\d{1,9})\s*(-?)\s*(\d{0,9})\s*", part)
-            if not match or (match[3] and not match[2]):
-                raise ValueError(f"pages must be numbers and spans such as '1-3,7,10-', got {pages!r}.")
-            first, dash, last = match.groups()
-            spans.append((int(first), int(last) if last else num_pages if dash else int(first)))
+        spans += [(first, num_pages if last is None else last) for first, last in page_spans(pages)]
     else:
         for number in [pages] if isinstance(pages, int) else pages:
             if isinstance(number, bool) or not isinstance(number, (int, np.integer)):

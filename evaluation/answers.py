@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-SAMPLES_PER_FILE = 256  # places of a weight file that its fingerprint reads
-SAMPLE_BYTES = 4096
-
 
 class Key(NamedTuple):
     """What an answer belongs to; the folder of an `AnswerFile` says which checkpoint and tiling it comes from.
@@ -100,22 +97,6 @@ def prompt_digest(messages: list[dict], settings: dict[str, Any]) -> str:
             else:  # the path of a film, which may lie elsewhere next time
                 path = Path(value)
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
-    return digest.hexdigest()[:16]
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Return a digest of a checkpoint: its config, and the size and 256 places of each weight file.
-
-    Reading 17 GB whole would take longer than many evaluations; another training or format changes these places too.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"\0{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for index in range(SAMPLES_PER_FILE):
-                file.seek(max(0, size - SAMPLE_BYTES) * index // (SAMPLES_PER_FILE - 1))
-                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()[:16]
 
 

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import ROOT
-from evaluation.answers import AnswerFile, KeepsAnswers, checkpoint_digest, files_digest
+from evaluation.answers import AnswerFile, KeepsAnswers, files_digest
 from evaluation.scorers import CATEGORY_OF_TYPE, ocrbench_v2_overall
 from evaluation.tables import paired_difference, table
 from evaluation.tasks.utils import STYLES
 from tools.command_line import prepare, progress, require_checkpoint, require_directory, sentence_of
+from tools.weights import fingerprint
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 INSTALL = "docs/evaluation.md has the command that installs what evaluation.score needs"
@@ -371,7 +372,7 @@ def describe(arguments: argparse.Namespace, folder: Path, model: Any) -> dict[st
     return {
         "checkpoint": arguments.checkpoint.resolve().name,
         "model": model_of(json.loads((folder / "config.json").read_text(encoding="utf-8"))),
-        "conditions": {"weights": checkpoint_digest(folder), "engine": arguments.engine} | tiling,
+        "conditions": {"weights": fingerprint(folder), "engine": arguments.engine} | tiling,
         "versions": {
             "lmms-eval": version("lmms-eval"),
             "torch": torch.__version__,

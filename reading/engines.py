@@ -6,7 +6,6 @@ All of them ask the same of the same image of a page. `Transformers`, `VLLM` and
 
 import base64
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from nemotron_vl.answers import LoopCriteria, confidence
 from nemotron_vl.image_processing import count_tiles
+from nemotron_vl.tools.weights import fingerprint
 from PIL import Image
 
 from .extraction import INSTRUCTIONS, ExtractionError, PageValues, extract, page_values
@@ -35,19 +35,6 @@ from .schema import Fields
 NO_SPACES = {"backend": "xgrammar", "disable_any_whitespace": True}
 MAX_NUM_BLOCKS = 1000  # that Ray cuts the list of documents into
 IMAGE_MARKS = 4  # tokens before and behind the image of a page
-SAMPLE = 2**20  # bytes that are compared at the start and the end of each file of weights
-
-
-def fingerprint(directory: Path) -> str:
-    """Return a short digest of a checkpoint: its configs, and size, start and end of each file of weights."""
-    digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.json")) + sorted(directory.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(SAMPLE))
-            opened.seek(max(0, file.stat().st_size - SAMPLE))
-            digest.update(opened.read(SAMPLE))
-    return digest.hexdigest()[:16]
 
 
 def page_prompt_of(config: Any) -> str:

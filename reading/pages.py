@@ -1,14 +1,13 @@
 """One page of a document: what is asked about it, its image, and the row that says what was answered."""
 
 import math
-import re
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from nemotron_vl.image_processing import Tiling, count_tiles, page_tiling, plan_pages, render_page
-from nemotron_vl.pictures import open_document
+from nemotron_vl.pictures import open_document, page_spans
 from PIL import Image
 
 from .inputs import Source, file_digest
@@ -198,10 +197,9 @@ def page_ranges(pages: str | None) -> list[tuple[int, float]]:
     Raises:
         ValueError: if they are written in another form.
     """
-    pieces = [] if pages is None else str(pages).split(",")
-    found = [re.fullmatch(r"\s*(\d{1,9})\s*(-\s*(\d{1,9})?)?\s*", piece, re.ASCII) for piece in pieces]
-    ranges = [(int(one[1]), float(one[3] or (math.inf if one[2] else one[1]))) for one in found if one]
-    if len(ranges) < len(pieces) or any(not 1 <= first <= last for first, last in ranges):
+    spans = [] if pages is None else page_spans(str(pages))
+    ranges = [(first, math.inf if last is None else last) for first, last in spans]
+    if any(not 1 <= first <= last for first, last in ranges):
         raise ValueError(f"pages must look like '1-3,7' or '12-', numbers from 1, got {pages!r:.80}.")
     return ranges
 

@@ -19,12 +19,13 @@ import pytest
 import transformers
 from PIL import Image
 
-from evaluation.answers import AnswerFile, checkpoint_digest, prompt_digest, read_answers
+from evaluation.answers import AnswerFile, prompt_digest, read_answers
 from evaluation.score import BENCHMARKS, STYLES, is_cut, main, ocrbench_v2_parts, require_wordnet, table_rows
 from evaluation.scorers import ai2d_letter, mmmu_choice, ocrbench_score, ocrbench_v2_overall, videomme_letter
 from evaluation.tables import paired_difference, table
 from evaluation.tasks import utils
 from tests.conftest import GOLDEN, ROOT
+from tools.weights import fingerprint
 
 SCORING = GOLDEN / "scoring"
 
@@ -263,7 +264,7 @@ def test_a_checkpoint_has_another_digest_when_its_weights_change(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(weights)
-    assert checkpoint_digest(tmp_path / "a") == checkpoint_digest(tmp_path / "a") != checkpoint_digest(tmp_path / "b")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
