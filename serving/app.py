@@ -17,10 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .completions import Completion, server_sent
+from .completions import Completion
 from .engine import Busy, Engine, Job
 from .media import MediaLimits, shown
 from .requests import ChatRequest
+from .responses import ModelResponse, chat_request
 
 MISTAKES = (ValueError, TypeError, ImportError)  # a package that the server lacks is no use of trying again
 GONE = 499  # what servers log for a client that has gone; nobody gets it
@@ -88,6 +89,7 @@ class Server:
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+                Route("/v1/responses", self.responses, methods=["POST"]),
             ],
             exception_handlers={HTTPException: self._on_http_error, Exception: self._on_failure},
             lifespan=lifespan,
@@ -107,6 +109,9 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest.of, Completion)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, chat_request, ModelResponse)
 
     async def _answer(
         self, request: Request, read: Callable[[dict[str, Any]], ChatRequest], form: Callable[..., Any]
@@ -154,9 +159,10 @@ class Server:
 
     async def _events(self, completion: Any) -> AsyncIterator[str]:
         try:
-            async for event in server_sent(completion.chunks()):
-                yield event
-            yield "data: [DONE]\n\n"
+            async for event in completion.chunks():
+                name = f"event: {event['type']}\n" if "type" in event else ""
+                yield f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield completion.end_mark
         except Exception as error:  # the status is sent; clients raise for an event with an error
             failure = {"message": str(error), "type": "server_error", "param": None, "code": None}
             yield f"data: {json.dumps({'error': failure})}\n\n"
