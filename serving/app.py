@@ -34,10 +34,12 @@ class ServerLimits:
     Args:
         max_body_bytes: of a request.
         body_seconds: in which the body of a request has to arrive.
+        max_incoming_bytes: of all bodies that are arriving.
     """
 
     max_body_bytes: int = 64 * 2**20
     body_seconds: float = 60.0
+    max_incoming_bytes: int = 2**30
 
 
 def error_of(message: str, status: int, code: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
@@ -76,12 +78,15 @@ class Server:
     ):
         self.engine, self.model, self.limits = engine, model, limits
         self._keys = [key.encode() for key in api_keys]
+        self._num_incoming = 0  # bytes
 
     def app(self) -> Starlette:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            self.engine.stop()
+            try:
+                yield
+            finally:
+                self.engine.stop()
 
         return Starlette(
             routes=[
@@ -171,21 +176,29 @@ class Server:
         """Return the body of a request, or the refusal of it."""
         limit = self.limits.max_body_bytes
         too_large = f"The body has more than {limit:,} bytes, which this server takes. Send fewer or smaller files."
-        closing = {"connection": "close"}
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
-            return error_of(too_large, 413, headers=closing)
+            return error_of(too_large, 413)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
+                    self._num_incoming += len(chunk)
                     if len(body) > limit:
-                        return error_of(too_large, 413, headers=closing)
+                        return error_of(too_large, 413)
+                    if self._num_incoming > self.limits.max_incoming_bytes:
+                        raise Busy(
+                            "Too many large requests arrive at once. Try again later.", self.engine.seconds_to_wait
+                        )
         except TimeoutError:
             return error_of(
-                f"The body did not arrive within {self.limits.body_seconds:g} seconds.", 408, headers=closing
+                f"The body did not arrive within {self.limits.body_seconds:g} seconds.",
+                408,
+                headers={"connection": "close"},
             )
+        finally:
+            self._num_incoming -= len(body)
         try:
             read = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -197,7 +210,7 @@ class Server:
     def _refused_key(self, request: Request) -> Response | None:
         """Return the refusal of a request without a valid key. Every key is compared, each in constant time."""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
         fits = [hmac.compare_digest(given, known) for known in self._keys]
         if not self._keys or any(fits):
             return None

@@ -42,7 +42,11 @@ OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 def running(app: Any) -> Iterator[str]:
     """Run an application in a thread and yield its address."""
     uvicorn = pytest.importorskip("uvicorn", reason=PACKAGES)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    from nemotron_vl.serving.protocol import PunctualProtocol
+
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", http=PunctualProtocol)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -50,7 +54,7 @@ def running(app: Any) -> Iterator[str]:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join()
 
 
