@@ -231,6 +231,17 @@ def test_the_answers_of_several_people_follow_one_another_and_belong_to_their_do
     assert order == ["begins", "ends"] * 4
 
 
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_v2_checkpoint"])
+def test_any_checkpoint_of_the_family_is_asked(checkpoint, request, monkeypatch):
+    monkeypatch.setattr("tools.session.MAX_NEW_TOKENS", 4)
+    folder = request.getfixturevalue(checkpoint)
+    session = Session(Reader(*load(folder), folder.name), RECEIPT)
+    for turn in (1, 2):
+        assert [*session.ask("What is the total?")][-1].note.startswith("Confidence ")
+        assert len(session.history) == turn
+    assert session.reader.describe().startswith(folder.name)
+
+
 def test_an_error_leaves_nothing_behind_for_the_next_question(reader, monkeypatch):
     session = Session(reader, RECEIPT)
     with monkeypatch.context() as patched:

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"The page is on {page.local_url}; Ctrl-C ends it.", flush=True)
         threading.Event().wait()
     finally:
-        page.close()
+        page.close(verbose=False)
     return 0
 
 

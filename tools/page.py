@@ -24,10 +24,14 @@ STYLE = """
 .caution, .problem { border-left: 3px solid #b45309; font-size: .9375rem; line-height: 1.45; margin: .5rem 0 0;
     overflow-wrap: anywhere; padding: .25rem 0 .25rem .75rem; }
 .problem { border-color: #b91c1c; margin: 0; }
+[role=tab][aria-selected=true] { color: var(--body-text-color) !important; }
 #page img { max-height: 72vh; object-fit: contain; }
 #chat .message { overflow-wrap: anywhere; }
 #chat .icon-button-wrapper { display: none; } /* gradio's clears the page and not the conversation */
-#fields table, #fields td * { font-family: var(--font); }
+#fields .cell-menu-button { display: none; }
+#fields th * { font-size: .75rem; } /* in a narrow window their words stay whole */
+#fields th .cell-wrap { padding: 8px 4px; }
+#fields table, #fields .body-cell * { font-family: var(--font); }
 """
 THEME = gr.themes.Default(
     primary_hue="slate",
@@ -60,7 +64,6 @@ class DocumentPage:
 
     def __init__(self, reader: Reader):
         self.reader = reader
-        self._downloads = tempfile.TemporaryDirectory(prefix="fields_")  # gradio copies from here what is downloaded
         with gr.Blocks(
             title="Ask a document", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)
         ) as self.blocks:
@@ -307,14 +310,15 @@ class DocumentPage:
         session.wants_fields = False
         try:
             for found in session.extract(wanted):
-                path = Path(tempfile.mkdtemp(dir=self._downloads.name)) / f"{session.path.stem}.fields.json"
-                path.write_text(json.dumps(found.json, ensure_ascii=False, indent=2), encoding="utf-8")
-                yield {
-                    self.table: gr.update(value=found.rows, visible=True),
-                    self.field_note: as_html(found.note, "problem" if found.json["error"] else "note"),
-                    self.download: gr.update(value=str(path), visible=True),
-                    **self._boxes(session),
-                }
+                with tempfile.TemporaryDirectory() as folder:  # gradio copies the file before it goes on
+                    path = Path(folder) / f"{session.path.stem}.fields.json"
+                    path.write_text(json.dumps(found.json, ensure_ascii=False, indent=2), encoding="utf-8")
+                    yield {
+                        self.table: gr.update(value=found.rows, visible=True),
+                        self.field_note: as_html(found.note, "problem" if found.json["error"] else "note"),
+                        self.download: gr.update(value=str(path), visible=True),
+                        **self._boxes(session),
+                    }
             yield self._idle
         except PROBLEMS as error:
             hidden = {element: gr.update(visible=False) for element in (self.table, self.download)}
