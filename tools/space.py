@@ -43,8 +43,7 @@ from pathlib import Path
 
 from {package}.tools.app import main
 
-if __name__ == "__main__":
-    main([str(Path(__file__).parent / "{package}" / {name!r})])
+main([str(Path(__file__).parent / "{package}" / {name!r})])
 '''
 
 # The Hub takes binary files only that way.
