@@ -13,6 +13,7 @@ import fpdf
 import numpy as np
 import pikepdf
 import pytest
+import transformers
 from PIL import Image
 
 from tools import ROOT, app, space
@@ -233,6 +234,8 @@ def test_the_answers_of_several_people_follow_one_another_and_belong_to_their_do
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tiny_v2_checkpoint"])
 def test_any_checkpoint_of_the_family_is_asked(checkpoint, request, monkeypatch):
+    if checkpoint == "tiny_v2_checkpoint" and not hasattr(transformers, "NemotronHForCausalLM"):
+        pytest.skip("transformers 4.57 has no NemotronH")
     monkeypatch.setattr("tools.session.MAX_NEW_TOKENS", 4)
     folder = request.getfixturevalue(checkpoint)
     session = Session(Reader(*load(folder), folder.name), RECEIPT)
