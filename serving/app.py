@@ -70,11 +70,16 @@ class Server:
         model: its name.
         api_keys: of which every request needs one; none if anyone may ask.
         limits: of requests.
+
+    Raises:
+        ValueError: if a key is empty.
     """
 
     def __init__(
         self, engine: Engine, model: str, api_keys: Sequence[str] = (), limits: ServerLimits = ServerLimits()
     ):
+        if not all(api_keys):
+            raise ValueError("An API key is empty, which would let everyone in. Give one, or none at all.")
         self.engine, self.model, self.limits = engine, model, limits
         self._keys = [key.encode() for key in api_keys]
         self._num_incoming = 0  # bytes

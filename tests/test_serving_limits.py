@@ -94,6 +94,11 @@ def test_every_request_needs_a_key_but_health(tiny):
         connection.close()
 
 
+def test_an_empty_key_is_refused(tiny):
+    with pytest.raises(ValueError, match="API key is empty"), served(*tiny, api_keys=["key", ""]):
+        pass
+
+
 # --- the queue ---
 
 

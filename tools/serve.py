@@ -4,10 +4,10 @@
     python -m tools.serve  # nano, on http://localhost:8000/v1
     python -m tools.serve path/to/8b --device cuda --port 8080
 
-`POST /v1/chat/completions` answers about text, images, videos and PDFs, as plain text or held to a JSON Schema, whole or
-as a stream; `GET /v1/models` names the model, `GET /health` says that the server runs. What cannot be honoured is
-refused: docs/serving.md has the tables. The server fetches nothing and reads no file for a client. Without `--api-key`
-anyone who reaches it may ask, so by default it listens on localhost.
+`POST /v1/chat/completions` and `POST /v1/responses` answer about text, images, videos and PDFs, as plain text or held to
+a JSON Schema, whole or as a stream; `GET /v1/models` names the model, `GET /health` says that the server runs. What
+cannot be honoured is refused: docs/serving.md has the tables. The server fetches nothing and reads no file for a client.
+Without `--api-key` anyone who reaches it may ask, so by default it listens on localhost.
 """
 
 import argparse
