@@ -9,7 +9,6 @@ import torch
 from benchmarks import gpu_day
 from tests.processes import run
 
-
 COMMON = {"call": 2, "date": "2026-12-01", "rehearsed": False, "seconds": 9.5}
 LINES = [
     {**COMMON, "case": "versions", "result": {"card": "NVIDIA H200, 570.1, 700 W"}},
