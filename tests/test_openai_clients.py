@@ -11,23 +11,16 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.served import serve
 from tools import ROOT
 
-pytest.importorskip("transformers.cli.serving.server", reason="the server needs transformers 5.23")
-pytest.importorskip("uvicorn", reason="pip install fastapi uvicorn openai")
-pytest.importorskip("fastapi", reason="pip install fastapi uvicorn openai")
-pytest.importorskip("openai", reason="pip install fastapi uvicorn openai")
 pytestmark = pytest.mark.slow
 
 MANUAL = ROOT / "docs/clients.md"
@@ -37,27 +30,9 @@ PROGRAMS = {"docling": "docling", "LangChain": "langchain_openai", "LlamaIndex":
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start `tools.serve` with nano in a process of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    command = [sys.executable, "-m", "tools.serve", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                pytest.fail(f"tools.serve ended: {log.read_text()}")
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except urllib.error.URLError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait()
+    """The address of `tools.serve` with nano."""
+    for client in serve(ROOT / "nano", tmp_path_factory.mktemp("serve") / "log.txt"):
+        yield str(client.base_url).rstrip("/")
 
 
 def needs(program: str) -> None:

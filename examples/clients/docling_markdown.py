@@ -3,12 +3,12 @@
     pip install docling
     python examples/clients/docling_markdown.py path/to/flat document.pdf > document.md
 
-    pip install "docling-slim[convert-core,format-pdf,format-web]"  # what the pipeline needs for a server; no torch
+    pip install torch==2.13.0 "docling-slim[convert-core,format-pdf,format-web]"  # enough for a server
     python examples/clients/docling_markdown.py nano document.pdf --server http://localhost:8000/v1 > document.md
 
 The server is `python -m tools.serve`, vLLM, or another with OpenAI's interface that takes images; $OPENAI_API_KEY is
 sent along. docling knows no LaTeX tables and joins the lines of a paragraph, so answers are rewritten for it. The exit
-status is 1 if a page failed.
+status is 1 if a page failed or its answer was cut off.
 """
 
 import argparse
