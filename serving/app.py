@@ -17,10 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from .completions import Completion, server_sent
+from .completions import Completion
 from .engine import Busy, Engine, Job
 from .media import MediaLimits, shown
 from .requests import ChatRequest
+from .responses import ModelResponse, chat_request
 
 MISTAKES = (ValueError, TypeError, ImportError)  # a package that the server lacks is no use of trying again
 GONE = 499  # what servers log for a client that has gone; nobody gets it
@@ -33,10 +34,12 @@ class ServerLimits:
     Args:
         max_body_bytes: of a request.
         body_seconds: in which the body of a request has to arrive.
+        max_incoming_bytes: of all bodies that are arriving.
     """
 
     max_body_bytes: int = 64 * 2**20
     body_seconds: float = 60.0
+    max_incoming_bytes: int = 2**30
 
 
 def error_of(message: str, status: int, code: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
@@ -75,12 +78,15 @@ class Server:
     ):
         self.engine, self.model, self.limits = engine, model, limits
         self._keys = [key.encode() for key in api_keys]
+        self._num_incoming = 0  # bytes
 
     def app(self) -> Starlette:
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            yield
-            self.engine.stop()
+            try:
+                yield
+            finally:
+                self.engine.stop()
 
         return Starlette(
             routes=[
@@ -88,6 +94,7 @@ class Server:
                 Route("/v1/models", self.models),
                 Route("/v1/models/{name:path}", self.models),
                 Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+                Route("/v1/responses", self.responses, methods=["POST"]),
             ],
             exception_handlers={HTTPException: self._on_http_error, Exception: self._on_failure},
             lifespan=lifespan,
@@ -107,6 +114,9 @@ class Server:
 
     async def chat_completions(self, request: Request) -> Response:
         return await self._answer(request, ChatRequest.of, Completion)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, chat_request, ModelResponse)
 
     async def _answer(
         self, request: Request, read: Callable[[dict[str, Any]], ChatRequest], form: Callable[..., Any]
@@ -154,9 +164,10 @@ class Server:
 
     async def _events(self, completion: Any) -> AsyncIterator[str]:
         try:
-            async for event in server_sent(completion.chunks()):
-                yield event
-            yield "data: [DONE]\n\n"
+            async for event in completion.chunks():
+                name = f"event: {event['type']}\n" if "type" in event else ""
+                yield f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            yield completion.end_mark
         except Exception as error:  # the status is sent; clients raise for an event with an error
             failure = {"message": str(error), "type": "server_error", "param": None, "code": None}
             yield f"data: {json.dumps({'error': failure})}\n\n"
@@ -165,21 +176,29 @@ class Server:
         """Return the body of a request, or the refusal of it."""
         limit = self.limits.max_body_bytes
         too_large = f"The body has more than {limit:,} bytes, which this server takes. Send fewer or smaller files."
-        closing = {"connection": "close"}
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
-            return error_of(too_large, 413, headers=closing)
+            return error_of(too_large, 413)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
+                    self._num_incoming += len(chunk)
                     if len(body) > limit:
-                        return error_of(too_large, 413, headers=closing)
+                        return error_of(too_large, 413)
+                    if self._num_incoming > self.limits.max_incoming_bytes:
+                        raise Busy(
+                            "Too many large requests arrive at once. Try again later.", self.engine.seconds_to_wait
+                        )
         except TimeoutError:
             return error_of(
-                f"The body did not arrive within {self.limits.body_seconds:g} seconds.", 408, headers=closing
+                f"The body did not arrive within {self.limits.body_seconds:g} seconds.",
+                408,
+                headers={"connection": "close"},
             )
+        finally:
+            self._num_incoming -= len(body)
         try:
             read = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -191,7 +210,7 @@ class Server:
     def _refused_key(self, request: Request) -> Response | None:
         """Return the refusal of a request without a valid key. Every key is compared, each in constant time."""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode() if kind.lower() == "bearer" else b""
+        given = key.strip().encode("latin-1") if kind.lower() == "bearer" else b""
         fits = [hmac.compare_digest(given, known) for known in self._keys]
         if not self._keys or any(fits):
             return None

@@ -90,7 +90,7 @@ class AnswerParts:
             yield from self._text(len(self._waiting))
         else:
             yield from self._marked(is_last) if self.with_marks else self._bare(is_last)
-            if is_last and not (self._has_called and self._waiting.isspace()):
+            if is_last and not (self._has_called and self._waiting.isspace()):  # else it belonged to the call
                 yield from self._text(len(self._waiting))
 
     def _text(self, length: int, kind: str = "text") -> Iterator[Part]:
@@ -139,7 +139,8 @@ class AnswerParts:
 
     def _bare(self, is_last: bool) -> Iterator[Part]:
         while self._waiting:
-            begins = re.match(r"\s*(\{|\Z)", self._waiting) if self._at_start else None
+            between = r"[\s;,]*" if self._has_called else r"\s*"  # Llama may write a semicolon between calls
+            begins = re.match(rf"{between}(\{{|\Z)", self._waiting) if self._at_start else None
             if begins is None:
                 line = re.search(r"\n\s*(?:\{|\Z)", self._waiting)
                 self._at_start = line is not None
@@ -158,7 +159,7 @@ class AnswerParts:
             if call is None:
                 yield from self._text(end)
             else:
-                self._waiting, self._has_called = self._waiting[end:].lstrip(" ;,"), True
+                self._waiting, self._has_called = self._waiting[end:], True
                 yield Part("call", call)
 
 

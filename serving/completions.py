@@ -1,6 +1,5 @@
 """Chat completions in OpenAI's form: an answer as one object, or as chunks of a stream."""
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -69,6 +68,8 @@ class Completion:
         model: name of the model.
     """
 
+    end_mark = "data: [DONE]\n\n"
+
     def __init__(self, job: Job, begun: Begun, model: str):
         self.job, self.request, self.begun = job, job.request, begun
         self.choices = [Choice() for _ in range(job.request.num_choices)]
@@ -127,9 +128,3 @@ class Completion:
         }
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**chunk, "usage": None} if self.request.wants_usage else chunk
-
-
-async def server_sent(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Write objects as server-sent events."""
-    async for event in events:
-        yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"

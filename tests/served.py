@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,31 @@ from tools import ROOT
 
 PACKAGES = "pip install starlette uvicorn openai"
 
+RATE = {
+    "type": "function",
+    "function": {
+        "name": "rate",
+        "description": "The rate of a currency.",
+        "parameters": {
+            "type": "object",
+            "properties": {"currency": {"enum": ["EUR", "USD"]}, "day": {"$ref": "#/$defs/day"}},
+            "required": ["currency"],
+            "$defs": {"day": {"enum": ["today", "yesterday"]}},
+        },
+    },
+}
+OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
+
 
 @contextlib.contextmanager
 def running(app: Any) -> Iterator[str]:
     """Run an application in a thread and yield its address."""
     uvicorn = pytest.importorskip("uvicorn", reason=PACKAGES)
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    from nemotron_vl.serving.protocol import PunctualProtocol
+
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", http=PunctualProtocol)
+    config.timeout_graceful_shutdown = 1
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -34,8 +54,25 @@ def running(app: Any) -> Iterator[str]:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def served(model: Any, processor: Any, **options: Any) -> Iterator[Any]:
+    """Serve a loaded model under the name "nano", and yield a client; `options` are limits, as `tools.serve` has them."""
+    pytest.importorskip("starlette", reason=PACKAGES)
+    from nemotron_vl.serving.app import Server, ServerLimits
+    from nemotron_vl.serving.engine import Engine
+    from nemotron_vl.serving.media import MediaLimits
+
+    def of(kind: type) -> dict[str, Any]:
+        return {field.name: options.pop(field.name) for field in fields(kind) if field.name in options}
+
+    limits, media, keys = ServerLimits(**of(ServerLimits)), MediaLimits(**of(MediaLimits)), options.pop("api_keys", ())
+    server = Server(Engine(model, processor, media, **options), "nano", keys, limits)
+    with running(server.app()) as address:
+        yield client_of(address)
 
 
 def client_of(address: str, **options: Any) -> Any:
@@ -91,3 +128,13 @@ def text_part(text: str) -> dict[str, Any]:
 
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": [text_part(part) if isinstance(part, str) else part for part in parts]}
+
+
+def pdf_of(*texts: str) -> bytes:
+    fpdf = pytest.importorskip("fpdf")
+    pdf = fpdf.FPDF()
+    for text in texts:
+        pdf.add_page()
+        pdf.set_font("helvetica", size=32)
+        pdf.cell(text=text)
+    return bytes(pdf.output())

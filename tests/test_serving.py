@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.served import client_of, data_url, file_part, image_part, running, user
+from tests.served import OTHER, RATE, data_url, file_part, image_part, pdf_of, served, user
 from tools import ROOT
 from tools.chat import load
 
@@ -33,13 +33,8 @@ def here() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def client(here):
-    from nemotron_vl.serving.app import Server
-    from nemotron_vl.serving.engine import Engine
-    from nemotron_vl.serving.media import MediaLimits
-
-    limits = MediaLimits(max_file_bytes=3_000_000, max_pixels=4_000_000, max_images=3, max_pages=4)
-    with running(Server(Engine(*here, limits), "nano").app()) as address:
-        yield client_of(address)
+    with served(*here, max_file_bytes=3_000_000, max_pixels=4_000_000, max_images=3, max_pages=4) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +56,6 @@ def refusal(client: Any, messages: Any, **options: Any) -> str:
         answer = ask(client, messages, **options)
         list(answer if options.get("stream") else [])
     return caught.value.body["message"]
-
-
-def pdf_of(*texts: str) -> bytes:
-    fpdf = pytest.importorskip("fpdf")
-    pdf = fpdf.FPDF()
-    for text in texts:
-        pdf.add_page()
-        pdf.set_font("helvetica", size=32)
-        pdf.cell(text=text)
-    return bytes(pdf.output())
 
 
 def bytes_of(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -338,21 +323,6 @@ def test_fields_of_a_schema_are_asked_one_by_one_as_by_extract(client, here, rec
 
 
 # --- tools ---
-
-RATE = {
-    "type": "function",
-    "function": {
-        "name": "rate",
-        "description": "The rate of a currency.",
-        "parameters": {
-            "type": "object",
-            "properties": {"currency": {"enum": ["EUR", "USD"]}, "day": {"$ref": "#/$defs/day"}},
-            "required": ["currency"],
-            "$defs": {"day": {"enum": ["today", "yesterday"]}},
-        },
-    },
-}
-OTHER: dict[str, Any] = {"type": "function", "function": {"name": "now"}}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         import uvicorn
         from nemotron_vl.serving.app import ServerLimits, make_app
         from nemotron_vl.serving.media import MediaLimits
+        from nemotron_vl.serving.protocol import PunctualProtocol
     except ImportError as error:
         raise ImportError(
             f"Serving needs packages that are not installed: pip install {' '.join(PACKAGES)}. {error}"
@@ -89,7 +90,13 @@ def main(argv: list[str] | None = None) -> int:
         dtype=arguments.dtype,
         attn_implementation=arguments.attention,
     )
-    uvicorn.run(app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=GRACE_SECONDS)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        http=PunctualProtocol,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
     return 0
 
 
