@@ -7,7 +7,7 @@ Each call gets everything that the conversation needs; nothing is stored on the 
 import bisect
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -528,8 +528,10 @@ class ChatMixin:
         question: str | None = None,
         generation_config: Mapping[str, Any] | GenerationConfig | None = None,
         **kwargs: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Any]:
         """Answer one question and yield the answer in pieces; joined and stripped they are the answer of `chat`.
+
+        The value of `yield from chat_stream(...)` is what `chat` returns.
 
         The generation runs in a thread of its own. The thread ends before the next token if the caller leaves the loop
         over the pieces or closes the iterator. Errors of `chat` are raised in the loop.
@@ -547,7 +549,7 @@ class ChatMixin:
             answer.add_done_callback(lambda _: stream.end())  # also after an error, so that the loop ends
             try:
                 yield from stream
-                answer.result()
+                return answer.result()
             finally:
                 stream.abandoned = True
 

@@ -611,6 +611,17 @@ def test_chat_streams_the_answer(model, processor):
     assert streamed.removesuffix(processor.tokenizer.eos_token).strip() == expected
 
 
+def test_the_value_of_a_stream_is_what_chat_returns(model, processor):
+    call = {"question": "Hi", "generation_config": GREEDY, "return_dict": True, "return_confidence": True}
+    returned = []
+
+    def pieces():
+        returned.append((yield from model.chat_stream(processor, **call)))
+
+    text = "".join(pieces()).strip()
+    assert returned == [model.chat(processor, **call)] and returned[0].text == text
+
+
 def test_system_prompt_matters_and_may_sit_on_the_model(model, processor):
     plain = model.chat(processor, None, "Hi", GREEDY)
     directed = model.chat(processor, None, "Hi", GREEDY, system_prompt="Answer the questions.")
