@@ -707,7 +707,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside. Image tokens, and the
                 token before and after each run of them that is attended (`<img>` and `</img>`), never carry loss,
-                whatever stands here; video tokens likewise.
+                whatever stands here; video tokens likewise. With `logits_to_keep` as many as there are logits.
             use_cache: return the cache.
             num_patches: tiles per image, as the processor returns it.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, and
@@ -771,8 +771,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
         if self.config.image_token_id is None:
             return labels
-        # Embeddings name no tokens; there the labels do.
-        is_image = self._are_visual(labels if input_ids is None else input_ids.to(labels.device))
+        # Embeddings name no tokens, and labels cut to the kept logits are not beside theirs; there the labels do.
+        are_beside = input_ids is not None and input_ids.shape == labels.shape
+        is_image = self._are_visual(input_ids.to(labels.device) if are_beside else labels)
         shown = is_image
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == is_image.shape:
             shown = is_image & attention_mask.to(is_image.device, torch.bool)  # a masked tile has text beside it
