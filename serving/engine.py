@@ -13,7 +13,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,7 +365,7 @@ class Engine:
                 processors.append(Penalties(request.frequency_penalty, request.presence_penalty, writer.counts))
             if prepared.grammar is not None:
                 tokenizer = grammar_tokenizer(self.processor.tokenizer, self.model.config.text_config.vocab_size)
-                processors.append(_AfterReasoning(Grammar(tokenizer, [prepared.grammar]), parts))
+                processors.append(_AfterReasoning(Grammar(tokenizer, [prepared.grammar]), parts, self._ends))
             if probabilities is not None:
                 processors.append(probabilities)
             self.model.generate(
@@ -382,13 +382,15 @@ class Engine:
 
 
 class _AfterReasoning(LogitsProcessor):
-    """Holds an answer to a grammar from the end of its reasoning on."""
+    """Holds an answer to a grammar from the end of its reasoning on, before which it cannot end."""
 
-    def __init__(self, grammar: Grammar, parts: AnswerParts):
-        self.grammar, self.parts = grammar, parts
+    def __init__(self, grammar: Grammar, parts: AnswerParts, ends: Sequence[int]):
+        self.grammar, self.parts, self.ends = grammar, parts, ends
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores if self.parts.is_reasoning else self.grammar(input_ids, scores)
+        if not self.parts.is_reasoning:
+            return self.grammar(input_ids, scores)
+        return scores.index_fill(1, torch.tensor(self.ends, device=scores.device), -torch.inf)
 
 
 class _IsOver(StoppingCriteria):

@@ -99,7 +99,7 @@ class Writer:
 
     Attributes:
         counts: how often each token is in the answer.
-        num_tokens: of the answer, without its end.
+        num_tokens: of the answer, its end included, as vLLM counts.
         finish_reason: "stop" or "length"; None while it is written.
     """
 
@@ -127,12 +127,12 @@ class Writer:
 
     def add(self, token_id: int) -> Piece:
         """Add a token and return what is now certain; `finish_reason` is set if the answer ends with it."""
+        self.num_tokens += 1
         if token_id in self.ends:
             return self.finish("stop")
         if self.probabilities is not None:
             self._logprobs.append((self._num_characters, self._logprob(token_id)))
         self.counts[token_id] = self.counts.get(token_id, 0) + 1
-        self.num_tokens += 1
         text = self._decoder.decode(bytes_of_token(self.tokenizer, token_id))
         if self._take(text) or self.num_tokens < self.limit:
             return self._piece()

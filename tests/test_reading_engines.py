@@ -292,6 +292,13 @@ def test_our_server_gives_the_same_text(nano, folder, tmp_path):
     try:
         url = str(next(served).base_url)
         assert answers(read(folder, Server(ChatServer(url, NANO), 3), max_new_tokens=1000)) == here
+        there, alone = Server(ChatServer(url, NANO)), InProcess(nano)
+        (sure,), (expected,) = (read(RECEIPT, engine, ask=TOTAL, confidence=True) for engine in (there, alone))
+        assert (sure["answer"], sure["tokens"]) == (expected["answer"], expected["tokens"])
+        assert sure["confidence"] == pytest.approx(expected["confidence"], rel=1e-4)
+        schema = {"type": "object", "properties": {"total": {"type": "number"}, "iban": {"type": "string"}}}
+        (row,), (expected,) = (read(RECEIPT, engine, schema=schema) for engine in (there, alone))
+        assert row["fields"] == expected["fields"] == {"total": 72.13}
         done = call(folder, "--out", tmp_path / "out", "--server", url, "--ask", TOTAL, "--max-num-tiles", "1")
         assert done.returncode == 0, done.stderr
         (row,) = read(RECEIPT, Server(ChatServer(url, NANO, "nano")), max_new_tokens=5)

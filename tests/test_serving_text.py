@@ -215,6 +215,6 @@ def test_an_answer_ends_with_its_end_token_or_its_limit(nano):
     tokenizer = nano[1].tokenizer
     ids = tokenizer("one two", add_special_tokens=False)["input_ids"]
     text, writer, _ = written(tokenizer, [*ids, tokenizer.eos_token_id, *ids])
-    assert (text.strip(), writer.finish_reason, writer.num_tokens) == ("one two", "stop", len(ids))
+    assert (text.strip(), writer.finish_reason, writer.num_tokens) == ("one two", "stop", len(ids) + 1)
     _, writer, _ = written(tokenizer, ids, limit=2)
     assert (writer.finish_reason, writer.num_tokens) == ("length", 2)
