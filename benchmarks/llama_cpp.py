@@ -14,6 +14,7 @@ product does not have, so both are measured.
 import ctypes
 import functools
 import importlib.util
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 QUANTISATIONS = ("Q4_0", "Q4_K", "Q8_0", "NVFP4")
 F32 = 0  # ggml's number of this type
-GRAPH_BYTES = 2**24
+SPARE_BYTES = 2**22  # for what ggml notes of tensors and graphs
 
 
 def is_installed() -> bool:
@@ -96,39 +97,34 @@ class Product:
     """`inputs @ weight.T` by ggml, with the threads of torch; called like a layer."""
 
     def __init__(self, encoded: torch.Tensor, quantisation: str, columns: int) -> None:
-        self.encoded, self.kind, self.columns = encoded, type_number(quantisation), columns
-        self.graphs: dict[int, tuple[int, int, int, int]] = {}
-
-    def graph(self, num_rows: int) -> tuple[int, int, int, int]:
-        """Return context, graph, and the addresses of inputs and outputs for this many rows."""
-        if num_rows not in self.graphs:
-            ops, rows = ggml(), len(self.encoded)
-            # Room for the weight, float32 inputs and outputs, and the inputs in 8 bits.
-            size = self.encoded.numel() + 4 * num_rows * (2 * self.columns + rows) + GRAPH_BYTES
-            context = ops["ggml_init"](InitParams(size, None, False))
-            weight = ops["ggml_new_tensor_2d"](context, self.kind, self.columns, rows)
-            inputs = ops["ggml_new_tensor_2d"](context, F32, self.columns, num_rows)
-            outputs = ops["ggml_mul_mat"](context, weight, inputs)
-            graph = ops["ggml_new_graph"](context)
-            ops["ggml_build_forward_expand"](graph, outputs)
-            ctypes.memmove(ops["ggml_get_data"](weight), self.encoded.data_ptr(), self.encoded.numel())
-            self.graphs[num_rows] = context, graph, ops["ggml_get_data"](inputs), ops["ggml_get_data"](outputs)
-        return self.graphs[num_rows]
+        self.rows, self.columns = len(encoded), columns
+        self.context = ggml()["ggml_init"](InitParams(encoded.numel() + SPARE_BYTES, None, False))
+        self.weight = ggml()["ggml_new_tensor_2d"](self.context, type_number(quantisation), columns, self.rows)
+        ctypes.memmove(ggml()["ggml_get_data"](self.weight), encoded.data_ptr(), encoded.numel())
+        weakref.finalize(self, ggml()["ggml_free"], self.context)
+        self.buffers: dict[int, torch.Tensor] = {}
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """`(num_rows, columns)` -> `(num_rows, rows)` float32."""
-        context, graph, source, target = self.graph(len(inputs))
-        values = inputs.float().contiguous()
-        ctypes.memmove(source, values.data_ptr(), 4 * values.numel())
-        if ggml()["ggml_graph_compute_with_ctx"](context, graph, torch.get_num_threads()):
-            raise RuntimeError("ggml could not compute the product.")
-        outputs = torch.empty(len(inputs), len(self.encoded))
-        ctypes.memmove(outputs.data_ptr(), target, 4 * outputs.numel())
-        return outputs
-
-    def __del__(self) -> None:
-        for context, *_ in self.graphs.values():
-            ggml()["ggml_free"](context)
+        ops, num_rows = ggml(), len(inputs)
+        # ggml takes memory from a context and gives none back before its end, so every call has one, in a buffer that
+        # stays. It has room for inputs and outputs in float32, the inputs in 8 bits, and the graph.
+        size = 4 * num_rows * (2 * self.columns + self.rows) + SPARE_BYTES
+        buffer = self.buffers.setdefault(num_rows, torch.empty(size, dtype=torch.uint8))
+        context = ops["ggml_init"](InitParams(size, buffer.data_ptr(), False))
+        try:
+            source = ops["ggml_new_tensor_2d"](context, F32, self.columns, num_rows)
+            target = ops["ggml_mul_mat"](context, self.weight, source)
+            graph = ops["ggml_new_graph"](context)
+            ops["ggml_build_forward_expand"](graph, target)
+            values, outputs = inputs.float().contiguous(), torch.empty(num_rows, self.rows)
+            ctypes.memmove(ops["ggml_get_data"](source), values.data_ptr(), 4 * values.numel())
+            if ops["ggml_graph_compute_with_ctx"](context, graph, torch.get_num_threads()):
+                raise RuntimeError("ggml could not compute the product.")
+            ctypes.memmove(outputs.data_ptr(), ops["ggml_get_data"](target), 4 * outputs.numel())
+            return outputs
+        finally:
+            ops["ggml_free"](context)
 
 
 def products(weight: torch.Tensor) -> dict[str, tuple[Product, torch.Tensor]]:
