@@ -73,11 +73,18 @@ def model_of(config: dict[str, Any]) -> str | None:
 def transformers_model(folder: Path, arguments: argparse.Namespace) -> Any:
     """Return lmms-eval's `huggingface` model with a checkpoint that has our code beside it."""
     import lmms_eval.models.chat.huggingface as chat
-    import torch
+    from accelerate import Accelerator
     from tqdm import tqdm
 
     # Its bar counts batches; ours counts samples.
     chat.tqdm = lambda *steps, **options: tqdm(*steps, **{**options, "disable": True})
+
+    class OneProcess(Accelerator):
+        """Lets each of several processes load the model for itself; otherwise the class wants a GPU for each."""
+
+        num_processes = 1
+
+    chat.Accelerator = OneProcess
 
     class Transformers(KeepsAnswers, chat.Huggingface):
         @contextlib.contextmanager
@@ -91,7 +98,8 @@ def transformers_model(folder: Path, arguments: argparse.Namespace) -> Any:
             finally:
                 image_processor.max_num_tiles = tiles
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator()
+    device = arguments.device or (str(accelerator.device) if accelerator.device.type == "cuda" else "cpu")
     batch_size = arguments.batch_size or (1 if device == "cpu" else 8)
     extra = {"attn_implementation": "sdpa"} if device == "cpu" else {}
     model = Transformers(
@@ -102,6 +110,7 @@ def transformers_model(folder: Path, arguments: argparse.Namespace) -> Any:
         trust_remote_code=True,
         **extra,
     )
+    model.accelerator = accelerator
     if arguments.max_num_tiles is not None:
         model.processor.image_processor.max_num_tiles = arguments.max_num_tiles
     if arguments.upscale is not None:
@@ -335,7 +344,7 @@ def score(arguments: argparse.Namespace) -> int:
 
     logger.remove()  # lmms-eval says much; its warnings stay
     logger.add(sys.stderr, level="WARNING")
-    rank = int(os.environ.get("RANK", 0))
+    rank, _ = processes()
     with contextlib.ExitStack() as stack:
         if arguments.answers:
             model, out = no_model(), arguments.answers
@@ -423,12 +432,21 @@ def title_of(report: dict[str, Any]) -> str:
     )
 
 
+def processes() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes, as `accelerate launch` and `torchrun` say them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def attempt(model: Any, out: Path, arguments: argparse.Namespace, task: str, style: str) -> dict[str, Any]:
-    """Return the numbers of a benchmark, or why it has none: then the others go on."""
+    """Return the numbers of a benchmark, or why it has none: then the others go on.
+
+    One of several processes raises its error, which ends all of them: the others would wait for it forever.
+    """
     run: dict[str, Any] = {"task": task, "style": style}
+    rank, num_processes = processes()
     try:
-        file = AnswerFile(out, int(os.environ.get("RANK", 0)))
-        with progress(desc=f"{BENCHMARKS[task].title}, {style}", unit="sample") as bar:
+        file = AnswerFile(out, rank)
+        with progress(desc=f"{BENCHMARKS[task].title}, {style}", unit="sample", disable=rank > 0 or None) as bar:
             model.keep_answers(file, style, bar)
             results = evaluate(model, task, style, arguments)
         if results is None:  # a process other than the first has no results
@@ -440,6 +458,8 @@ def attempt(model: Any, out: Path, arguments: argparse.Namespace, task: str, sty
         if run["failed"] == run["samples"]:
             raise ValueError(f"All {run['samples']} samples failed: {rows[0]['error']}")
     except (Exception, SystemExit) as error:  # lmms-eval raises what it likes, and exits where a file is missing
+        if num_processes > 1:
+            raise
         run["error_text"] = f"{type(error).__name__}: {sentence_of(error.__cause__ or error)}"[:500]
     return run
 

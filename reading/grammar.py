@@ -63,7 +63,7 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     """
     library = llguidance()
     grammar = library.LLMatcher.grammar_from_json_schema(held(schema), overrides=JSON_STYLE)
-    return _checked(grammar, schema)
+    return checked_grammar(grammar, schema)
 
 
 def text_grammar(schema: Mapping[str, Any], absent: str | None) -> str:
@@ -78,7 +78,7 @@ def text_grammar(schema: Mapping[str, Any], absent: str | None) -> str:
     if absent is not None:
         alternatives.append(_quoted(absent))
     grammar = llguidance().LLMatcher.grammar_from_lark("\n".join([f"start: {' | '.join(alternatives)}", *terminals]))
-    return _checked(grammar, schema)
+    return checked_grammar(grammar, schema)
 
 
 def is_plain(schema: Mapping[str, Any]) -> bool:
@@ -179,7 +179,12 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _checked(grammar: str, schema: Any) -> str:
+def checked_grammar(grammar: str, schema: Any) -> str:
+    """Return a grammar of the library, made for `schema`.
+
+    Raises:
+        ValueError: if the library cannot hold it; the message says why.
+    """
     failed, messages = llguidance().LLMatcher.validate_grammar_with_warnings(grammar)
     if failed:
         raise ValueError(

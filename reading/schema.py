@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 INSTALL = "pip install 'nemotron-vl[fields]'"
@@ -119,6 +120,18 @@ class Fields:
         return value
 
 
+def writable(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema that a grammar can hold and whose instances are instances of `schema`, optional keys left out or not.
+
+    Raises:
+        ImportError: if jsonschema is missing.
+        ValueError: if `schema` is no JSON Schema, or has a keyword that cannot be held; the message names the place.
+    """
+    schema = copy.deepcopy(dict(schema))
+    validator_of(schema)
+    return _narrow(schema, schema, "#", keep_optional=True)
+
+
 def asked_about(asked: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
     """Return a narrowed schema of an object with only some of its properties."""
     definitions = {name: part for name, part in asked.items() if name in ("$defs", "definitions")}
@@ -161,8 +174,12 @@ def validator_of(schema: dict[str, Any]) -> Any:
     return kind(schema, format_checker=kind.FORMAT_CHECKER)
 
 
-def _narrow(schema: Any, root: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a schema whose instances are instances of `schema`, with every key written and optional ones nullable."""
+def _narrow(schema: Any, root: dict[str, Any], place: str, *, keep_optional: bool = False) -> dict[str, Any]:
+    """Return a schema whose instances are instances of `schema`, with every key written and optional ones nullable.
+
+    With `keep_optional`, keys that are not required may be left out instead.
+    """
+    narrowed = partial(_narrow, root=root, keep_optional=keep_optional)
     if not isinstance(schema, dict):
         raise ValueError(f"{place} is {schema!r}. Say what the value is, for example {{'type': 'string'}}.")
     _check_keywords(schema, place)
@@ -170,7 +187,7 @@ def _narrow(schema: Any, root: dict[str, Any], place: str) -> dict[str, Any]:
         resolved(schema, root)
         narrow = {"$ref": schema["$ref"]}
     elif "allOf" in schema:
-        narrow = _narrow(schema["allOf"][0], root, f"{place}/allOf/0")
+        narrow = narrowed(schema["allOf"][0], place=f"{place}/allOf/0")
     else:
         narrow = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
     if "description" in schema:
@@ -178,36 +195,44 @@ def _narrow(schema: Any, root: dict[str, Any], place: str) -> dict[str, Any]:
     for name in ("anyOf", "oneOf"):
         if name in schema:
             members = enumerate(schema[name])
-            narrow[name] = [_narrow(member, root, f"{place}/{name}/{index}") for index, member in members]
+            narrow[name] = [narrowed(member, place=f"{place}/{name}/{index}") for index, member in members]
     for name in ("$defs", "definitions"):
         if name in schema:
             parts = schema[name].items()
-            narrow[name] = {key: _narrow(part, root, f"{place}/{name}/{key}") for key, part in parts}
+            narrow[name] = {key: narrowed(part, place=f"{place}/{name}/{key}") for key, part in parts}
     if "items" in schema:
-        narrow["items"] = schema["items"] and _narrow(schema["items"], root, f"{place}/items")
+        narrow["items"] = schema["items"] and narrowed(schema["items"], place=f"{place}/items")
     if "prefixItems" in schema:
         parts = enumerate(schema["prefixItems"])
-        narrow["prefixItems"] = [_narrow(part, root, f"{place}/prefixItems/{index}") for index, part in parts]
-    _narrow_object(narrow, schema, root, place)
+        narrow["prefixItems"] = [narrowed(part, place=f"{place}/prefixItems/{index}") for index, part in parts]
+    _narrow_object(narrow, schema, narrowed, place, keep_optional)
     _check_scalar(schema, place)
     return narrow
 
 
-def _narrow_object(narrow: dict[str, Any], schema: dict[str, Any], root: dict[str, Any], place: str) -> None:
+def _narrow_object(
+    narrow: dict[str, Any],
+    schema: dict[str, Any],
+    narrowed: Callable[..., dict[str, Any]],
+    place: str,
+    keep_optional: bool,
+) -> None:
     if "properties" in schema:
         required = schema.get("required", [])
         narrow["properties"] = {}
         for name, value in schema["properties"].items():
-            part = _narrow(value, root, f"{place}/properties/{name}")
-            narrow["properties"][name] = part if name in required else nullable(part)
-        narrow["required"] = list(schema["properties"])
+            part = narrowed(value, place=f"{place}/properties/{name}")
+            narrow["properties"][name] = part if keep_optional or name in required else nullable(part)
+        narrow["required"] = list(required if keep_optional else schema["properties"])
         unnamed = sorted(set(required) - set(schema["properties"]))
         if unnamed:
             raise ValueError(f"{place} requires {unnamed}, which its properties do not describe.")
         if not isinstance(schema.get("additionalProperties"), dict):
             narrow["additionalProperties"] = False
     if isinstance(schema.get("additionalProperties"), dict):
-        narrow["additionalProperties"] = _narrow(schema["additionalProperties"], root, f"{place}/additionalProperties")
+        narrow["additionalProperties"] = narrowed(
+            schema["additionalProperties"], place=f"{place}/additionalProperties"
+        )
 
 
 def _check_scalar(schema: dict[str, Any], place: str) -> None:

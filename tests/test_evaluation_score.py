@@ -398,6 +398,26 @@ def test_all_benchmarks_run_offline_and_batches_change_no_answer(data, tmp_path)
 
 
 @pytest.mark.slow
+def test_two_processes_share_the_samples_and_count_as_one(data, tmp_path):
+    options = ["nano", "--data", str(data), "--styles", "plain", "--tasks", "docvqa", "--limit", "5"]
+    one = run_score(*options, "--out", tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    two = subprocess.run(
+        [*launch, "-m", "evaluation.score", *options, "--out", str(tmp_path / "two")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert one.returncode == two.returncode == 0, (one.stderr + two.stderr)[-3000:]
+    assert report_of(two)["runs"] == report_of(one)["runs"]
+    shares = [len(read_answers(tmp_path / "two" / f"answers-{rank}.jsonl")) for rank in (0, 1)]
+    assert shares == [3, 2]
+
+
+@pytest.mark.slow
 def test_a_killed_run_loses_no_answer_and_asks_none_twice(data, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "evaluation.score", "nano", "--data", data, "--styles", "plain"]

@@ -17,8 +17,9 @@ from nemotron_vl.reading.pages import PAGE_PROMPT, Task
 from nemotron_vl.reading.run import Run, read
 from PIL import Image
 
+from documents.distance import edit_distance
 from documents.drawing import draw, random_style
-from documents.generator import document
+from documents.generator import Document, document
 from tools import ROOT
 from tools import read as command
 from tools.chat import load
@@ -42,9 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw_documents(folder: Path, number: int) -> Path:
     for seed in range(number):
-        page = document(seed, "heldout", KINDS[seed % len(KINDS)])
-        draw(page, random_style(seed, "heldout"), seed).save(folder / f"{seed:03} {KINDS[seed % len(KINDS)]}.png")
+        page = drawn(seed)
+        draw(page, random_style(seed, "heldout"), seed).save(folder / f"{seed:03} {page.kind}.png")
     return folder
+
+
+def drawn(seed: int) -> Document:
+    return document(seed, "heldout", KINDS[seed % len(KINDS)])
 
 
 def answers(rows: list[dict]) -> dict[str, str]:
@@ -237,21 +242,63 @@ def test_a_command_that_is_killed_goes_on(nano, folder, tmp_path):
     assert len(rows) == 4 and answers(rows) == answers(read(folder, InProcess(nano)))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of a process is read from /proc")
+def test_many_documents_are_read_as_single_calls_read_them_and_in_flat_memory(nano, tmp_path):
+    (tmp_path / "in").mkdir()
+    number, out = 24, tmp_path / "out"
+    folder = draw_documents(tmp_path / "in", number)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.read", str(folder), "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    memory = {}  # MB, by the number of pages that were read
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError):  # the process may end in between
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            memory[num_rows(out)] = int(status.split("VmRSS:")[1].split()[0]) / 1000
+        time.sleep(0.02)
+    assert process.returncode == 0
+    read_here = answers([json.loads(line) for line in (out / "pages.jsonl").read_text(encoding="utf-8").splitlines()])
+    single = {
+        str(path): nano.model.chat(
+            nano.processor,
+            question="Transcribe the page.",
+            generation_config={"max_new_tokens": 400, "do_sample": False},
+            **nano.processor.image_processor(Image.open(path), return_tensors="pt"),
+        )
+        for path in sorted(folder.iterdir())
+    }
+    assert read_here == single
+    texts = [drawn(seed).text for seed in range(number)]
+    errors = sum(map(edit_distance, single.values(), texts)) / sum(map(len, texts))
+    assert errors < 0.2  # equal answers that read nothing would show nothing
+    early = max(megabytes for pages, megabytes in memory.items() if number // 8 <= pages <= number // 2)
+    late = max(megabytes for pages, megabytes in memory.items() if number // 2 < pages < number)
+    assert late < early + 20, memory
+
+
 # --- servers ---
 
 
 @pytest.mark.slow
 def test_our_server_gives_the_same_text(nano, folder, tmp_path):
-    pytest.importorskip("transformers.cli.serving.server", reason="the stock server came with transformers 5")
-    for package in ("openai", "fastapi", "uvicorn"):
-        pytest.importorskip(package, reason="pip install fastapi uvicorn openai")
-    from tests.test_serving import serve
+    pytest.importorskip("openai", reason="pip install openai")
+    from tests.served import serve
 
     here = answers(read(folder, InProcess(nano)))
     served = serve(NANO, tmp_path / "log.txt")
     try:
         url = str(next(served).base_url)
         assert answers(read(folder, Server(ChatServer(url, NANO), 3), max_new_tokens=1000)) == here
+        there, alone = Server(ChatServer(url, NANO)), InProcess(nano)
+        (sure,), (expected,) = (read(RECEIPT, engine, ask=TOTAL, confidence=True) for engine in (there, alone))
+        assert (sure["answer"], sure["tokens"]) == (expected["answer"], expected["tokens"])
+        assert sure["confidence"] == pytest.approx(expected["confidence"], rel=1e-4)
+        schema = {"type": "object", "properties": {"total": {"type": "number"}, "iban": {"type": "string"}}}
+        (row,), (expected,) = (read(RECEIPT, engine, schema=schema) for engine in (there, alone))
+        assert row["fields"] == expected["fields"] == {"total": 72.13}
         done = call(folder, "--out", tmp_path / "out", "--server", url, "--ask", TOTAL, "--max-num-tiles", "1")
         assert done.returncode == 0, done.stderr
         (row,) = read(RECEIPT, Server(ChatServer(url, NANO, "nano")), max_new_tokens=5)

@@ -104,4 +104,4 @@ def progress(steps: Iterable[Any] | None = None, **options: Any) -> Any:
     from tqdm import tqdm  # comes with transformers; imported here so that `--help` answers without
 
     size = shutil.get_terminal_size()  # tqdm's own draws nothing on a terminal that says 0, as those of containers do
-    return tqdm(steps, disable=None, ncols=size.columns, nrows=size.lines, **options)
+    return tqdm(steps, **{"disable": None, "ncols": size.columns, "nrows": size.lines} | options)
