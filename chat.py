@@ -5,10 +5,13 @@ Each call gets everything that the conversation needs; nothing is stored on the 
 """
 
 import bisect
+import contextlib
 import copy
 import operator
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 from transformers.utils import logging
 
 from .answers import MAX_EQUAL_ROWS, LoopCriteria, TokenProbabilities, confidence
+from .decode_attention import mark_thread_as_lasting
 from .pictures import flatten_images, open_document
 from .prompts import (
     IMAGE_END_TOKEN,
@@ -42,6 +46,7 @@ from .prompts import (
     video_run,
     without_headers,
 )
+from .triton_kernels import runs_kernels
 from .video_processing import VIDEO_OPTIONS, NemotronVLVideoProcessor, VideoInfo, group_videos
 
 logger = logging.get_logger(__name__)
@@ -533,8 +538,9 @@ class ChatMixin:
 
         The value of `yield from chat_stream(...)` is what `chat` returns.
 
-        The generation runs in a thread of its own. The thread ends before the next token if the caller leaves the loop
-        over the pieces or closes the iterator. Errors of `chat` are raised in the loop.
+        The generation runs in a thread of its own. It ends before the next token if the caller leaves the loop over
+        the pieces or closes the iterator. Errors of `chat` are raised in the loop. On CUDA, all streams that do not
+        overlap share one thread, which keeps their compiled step (see `compile_in_this_thread`).
 
         Args:
             tokenizer, pixel_values, question, generation_config: as for `chat`.
@@ -542,7 +548,7 @@ class ChatMixin:
         """
         options, _ = self._generation_options(getattr(tokenizer, "tokenizer", tokenizer), generation_config)
         stream = _AnswerStream(getattr(tokenizer, "tokenizer", tokenizer), options)
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream") as pool:
+        with _lasting_thread.lend() if runs_kernels(self.device) else _new_thread() as pool:
             answer = pool.submit(
                 self.chat, tokenizer, pixel_values, question, generation_config, streamer=stream, **kwargs
             )
@@ -552,6 +558,7 @@ class ChatMixin:
                 return answer.result()
             finally:
                 stream.abandoned = True
+                wait([answer])
 
 
 def build_chat_prompts(
@@ -834,6 +841,37 @@ def _whole_counts(counts: Any) -> list[int]:
     if any(count < 1 for count in counts):
         raise ValueError(f"Every image has at least one tile, got num_patches={counts}.")
     return counts
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat_stream")
+
+
+class _LastingThread:
+    """A thread that serves one stream after the other, because CUDA graphs belong to a thread.
+
+    While it is lent, other streams get a new thread each, so that none waits for another.
+    """
+
+    def __init__(self) -> None:
+        self.free = threading.Lock()
+        self.pool = ThreadPoolExecutor(1, "chat_stream_lasting", initializer=mark_thread_as_lasting)
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[ThreadPoolExecutor]:
+        if not self.free.acquire(blocking=False):
+            with _new_thread() as pool:
+                yield pool
+            return
+        try:
+            yield self.pool
+        finally:
+            self.free.release()
+
+
+_lasting_thread = _LastingThread()
+if hasattr(os, "register_at_fork"):  # not on Windows; the thread does not go on in a forked process
+    os.register_at_fork(after_in_child=_lasting_thread.__init__)
 
 
 class _AnswerStream(TextIteratorStreamer):

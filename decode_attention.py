@@ -5,10 +5,12 @@ step, and in a compiled step it repeats keys and values for the queries that sha
 heads of a key head together, and does not read a block of places that the mask excludes. From step to step only data
 change and no shapes, as CUDA graphs need it. Everything but such a step uses transformers' sdpa attention.
 
-`reused_cache` lends such a cache for one answer after the other, so that a CUDA graph is recorded once.
+`reused_cache` lends such a cache for one answer after the other, so that a CUDA graph is recorded once. `owns_graphs`
+says which thread may record: a graph belongs to the thread that recorded it.
 """
 
 import contextlib
+import os
 import re
 import threading
 import weakref
@@ -268,6 +270,41 @@ def reused_cache(
     if keep:  # after an error it is dropped
         with _idle_lock:
             _idle_caches[model] = (key, cache)
+
+
+_graph_owners: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Thread]" = weakref.WeakKeyDictionary()
+_thread = threading.local()  # `lasts`: whether the thread lives as long as its models
+
+
+def mark_thread_as_lasting() -> None:
+    """Say that the calling thread lives as long as the models that it runs, so that it may record CUDA graphs."""
+    _thread.lasts = True
+
+
+def owns_graphs(model: torch.nn.Module) -> bool:
+    """Say whether a model's CUDA graphs belong to the calling thread, or to none yet: then they are its from now on.
+
+    Only the main thread and lasting ones own graphs: a new thread for each answer would record them each time.
+    """
+    thread = threading.current_thread()
+    if thread is not threading.main_thread() and not getattr(_thread, "lasts", False):
+        return False
+    with _idle_lock:
+        owner = _graph_owners.get(model)
+        if owner is None or not owner.is_alive():
+            _graph_owners[model] = owner = thread
+    return owner is thread
+
+
+def _forget_threads() -> None:
+    """Begin anew in a forked process, where no other thread goes on."""
+    global _idle_lock
+    _idle_lock = threading.Lock()
+    _graph_owners.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _takes_the_window(

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import operator
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from .chat import ChatMixin
 from .checkpoint import Checkpoint, StrictPreTrainedModel
 from .configuration_nemotron_vl import NemotronVLConfig, NemotronVLV2Config
 from .cpu_matmul import has_product as has_product
-from .decode_attention import default_attention, reused_cache
+from .decode_attention import default_attention, mark_thread_as_lasting, owns_graphs, reused_cache
 from .image_processing import recipe_of as recipe_of
 from .packed_matmul import has_kernel as has_kernel
 from .pictures import Document as Document
@@ -708,7 +707,7 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             inputs_embeds: `(batch_size, sequence_length, hidden_size)` instead of `input_ids`.
             labels: `(batch_size, sequence_length)`, -100 where no loss is wanted; shifted inside. Image tokens, and the
                 token before and after each run of them that is attended (`<img>` and `</img>`), never carry loss,
-                whatever stands here; video tokens likewise.
+                whatever stands here; video tokens likewise. With `logits_to_keep` as many as there are logits.
             use_cache: return the cache.
             num_patches: tiles per image, as the processor returns it.
             mm_encoder_outputs: `{"image": get_image_features(...)}` instead of `pixel_values`, and
@@ -772,8 +771,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         # CODEPATH: a config made by hand may lack the image token; a text-only prompt does not need it.
         if self.config.image_token_id is None:
             return labels
-        # Embeddings name no tokens; there the labels do.
-        is_image = self._are_visual(labels if input_ids is None else input_ids.to(labels.device))
+        # Embeddings name no tokens, and labels cut to the kept logits are not beside theirs; there the labels do.
+        are_beside = input_ids is not None and input_ids.shape == labels.shape
+        is_image = self._are_visual(input_ids.to(labels.device) if are_beside else labels)
         shown = is_image
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == is_image.shape:
             shown = is_image & attention_mask.to(is_image.device, torch.bool)  # a masked tile has text beside it
@@ -1143,9 +1143,9 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
         """Say whether a generation names no cache, and transformers can compile it with a static one.
 
         It cannot if there are beams, an assistant, a kept cache, no cache or a chunked prefill, if the model is on
-        several devices, or if it has a state that transformers does not make static. Threads other than the main one
-        get no static cache either: a CUDA graph belongs to the thread that recorded it, so a new thread for each
-        answer would record it each time.
+        several devices, or if it has a state that transformers does not make static. Only one thread gets a static
+        cache, because CUDA graphs belong to a thread: the first of the main one, that of `chat_stream` and those that
+        called `compile_in_this_thread`.
         """
         given = self._given_option(generation_config, kwargs)
         others = ("cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens")
@@ -1153,13 +1153,29 @@ class NemotronVLForConditionalGeneration(NemotronVLPreTrainedModel, ChatMixin, G
             not self._is_on_several_devices
             and not self._is_stateful
             and not self._has_virtual_tokens
-            and threading.current_thread() is threading.main_thread()
             and given("use_cache") is not False
             and not given("disable_compile")
             and (given("num_beams") or 1) == 1
             and all(given(name) is None for name in (*others, "prefill_chunk_size", "custom_generate"))
             and runs_kernels(self.device)  # torch.compile makes Triton kernels
+            and owns_graphs(self)  # the last: from now on it does
         )
+
+    def compile_in_this_thread(self) -> None:
+        """Give the static cache and the compiled step on CUDA to the generations of the calling thread alone.
+
+        For a server that generates in one thread, which has to live as long as the model. Without it, they belong to
+        the main thread or to that of `chat_stream`, whichever generates first.
+
+        Raises:
+            RuntimeError: if they belong to another thread already.
+        """
+        mark_thread_as_lasting()
+        if not owns_graphs(self):
+            raise RuntimeError(
+                "Another thread has generated with this model, and a CUDA graph belongs to the thread that recorded it. "
+                "Call compile_in_this_thread() before the first generation, and generate in that thread alone."
+            )
 
     def _embed_prompt(
         self,

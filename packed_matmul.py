@@ -21,16 +21,15 @@ try:
 except ImportError:  # see triton_kernels
     triton = None
 
-# FP8 and NVFP4 decode a weight once for all rows, AWQ once for each. For a prompt it is faster to unpack the weight.
-MAX_ROWS = 4
+MAX_ROWS = 4  # that share one decoding of the weight. For a prompt it is faster to unpack the weight
 FORMATS = ("NVFP4", "FP8", "W4A16_AWQ", "AWQ GEMM")
 HARDWARE_E4M3 = (8, 9)  # the first compute capability that has an instruction for e4m3
 # Outputs and inputs of a program at once, by the number of rows: as many as fit the registers; in float32 half the inputs.
 NVFP4_TILES = {1: (8, 4096), 2: (8, 2048), 4: (4, 2048)}
 FP8_TILES = {1: (4, 4096), 2: (4, 2048), 4: (4, 2048)}
-AWQ_PAIRS = 32  # of outputs
+AWQ_TILES = {1: (32, 128), 2: (32, 128), 4: (16, 128)}  # pairs of outputs, and inputs; with fewer pairs more inputs
 AWQ_GROUPS = (32, 64, 128)  # inputs that share a scale
-GEMM_INPUTS, GEMM_WORDS = 32, 16  # of a program at once; a word has eight outputs
+GEMM_TILES = {1: (32, 16), 2: (16, 16), 4: (8, 16)}  # inputs, and words of eight outputs
 PROGRAMS_PER_MULTIPROCESSOR = 2  # fewer leave some of them waiting for the others
 
 # Eight e2m1 codes of a word to float32, 2**-6 too small: put in the places of an e4m3, which is converted in pairs.
@@ -319,6 +318,31 @@ if triton is not None:
         return ((moved & 0x00780000) | 0x41800000).to(tl.float32, bitcast=True)
 
     @triton.jit
+    def _decode_int4(word):
+        """Convert the eight codes of each int32, the lowest bits first, to float32, 16 too large."""
+        low = _place_int4(word, 0), _place_int4(word, 4), _place_int4(word, 8), _place_int4(word, 12)
+        high = _place_int4(word, 16), _place_int4(word, 20), _place_int4(word, 24), _place_int4(word, 28)
+        return low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]
+
+    @triton.jit
+    def _add_awq(even, odd, codes, even_scale, odd_scale, inputs, column, WORDS: tl.constexpr):
+        """Add the products of one row of inputs with some columns, of which a word has four."""
+        place = 4 * column[:, None] + tl.arange(0, 4)[None, :]
+        x02, x13 = tl.split(tl.reshape(tl.load(inputs + place).to(tl.float32), (WORDS, 2, 2)))
+        x0, x2 = tl.split(x02)
+        x1, x3 = tl.split(x13)
+        low = codes[0] * x0[None, :]
+        low += codes[2] * x1[None, :]
+        low += codes[4] * x2[None, :]
+        low += codes[6] * x3[None, :]
+        high = codes[1] * x0[None, :]
+        high += codes[3] * x1[None, :]
+        high += codes[5] * x2[None, :]
+        high += codes[7] * x3[None, :]
+        offset = ((x0 + x1) + (x2 + x3))[None, :] * 24.0
+        return even + (low - offset) * even_scale, odd + (high - offset) * odd_scale
+
+    @triton.jit
     def _awq_kernel(
         inputs,
         words,
@@ -326,47 +350,44 @@ if triton is not None:
         outputs,
         num_inputs,
         num_outputs,
+        last_row,
+        ROWS: tl.constexpr,
         PAIRS: tl.constexpr,
         GROUP: tl.constexpr,
+        GROUPS: tl.constexpr,
     ):
-        """Compute 2 * PAIRS outputs of one row in each program, for modelopt's W4A16_AWQ.
+        """Compute 2 * PAIRS outputs of all rows in each program, GROUPS groups of inputs at once, for W4A16_AWQ.
 
         A word has four columns of two rows, the even row in the low bits of each byte. Codes have a sign.
         """
-        WORDS: tl.constexpr = GROUP // 4
-        row = tl.program_id(1)
+        WORDS: tl.constexpr = GROUPS * GROUP // 4
         pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
-        read = tl.minimum(pair, num_outputs // 2 - 1).to(tl.int64)
+        read = tl.minimum(pair, num_outputs // 2 - 1)[:, None].to(tl.int64)
         num_groups = num_inputs // GROUP
-        even = tl.zeros((PAIRS, WORDS), tl.float32)
-        odd = even
-        for group in range(0, num_groups):
-            column = group * WORDS + tl.arange(0, WORDS)
+        even0 = tl.zeros((PAIRS, WORDS), tl.float32)
+        odd0, even1, odd1, even2, odd2, even3, odd3 = even0, even0, even0, even0, even0, even0, even0
+        for start in range(0, num_inputs // 4, WORDS):
+            column = start + tl.arange(0, WORDS)
             # With the signs turned, 0 to 15 stand for -8 to 7.
-            word = tl.load(words + read[:, None] * (num_inputs // 4) + column[None, :]) ^ -0x77777778
-            place = row * num_inputs + 4 * column[:, None] + tl.arange(0, 4)[None, :]
-            x02, x13 = tl.split(tl.reshape(tl.load(inputs + place).to(tl.float32), (WORDS, 2, 2)))
-            x0, x2 = tl.split(x02)
-            x1, x3 = tl.split(x13)
-            low = _place_int4(word, 0) * x0[None, :]
-            low += _place_int4(word, 8) * x1[None, :]
-            low += _place_int4(word, 16) * x2[None, :]
-            low += _place_int4(word, 24) * x3[None, :]
-            high = _place_int4(word, 4) * x0[None, :]
-            high += _place_int4(word, 12) * x1[None, :]
-            high += _place_int4(word, 20) * x2[None, :]
-            high += _place_int4(word, 28) * x3[None, :]
-            offset = ((x0 + x1) + (x2 + x3))[None, :] * 24.0
-            even += (low - offset) * tl.load(scales + 2 * read * num_groups + group)[:, None]
-            odd += (high - offset) * tl.load(scales + (2 * read + 1) * num_groups + group)[:, None]
-        first = outputs + row * num_outputs
-        is_own = pair < num_outputs // 2
-        tl.store(first + 2 * pair, tl.sum(even, axis=1).to(outputs.dtype.element_ty), mask=is_own)
-        tl.store(first + 2 * pair + 1, tl.sum(odd, axis=1).to(outputs.dtype.element_ty), mask=is_own)
+            codes = _decode_int4(tl.load(words + read * (num_inputs // 4) + column[None, :]) ^ -0x77777778)
+            own_scales = scales + 2 * read * num_groups + (column // (GROUP // 4))[None, :]
+            even_scale, odd_scale = tl.load(own_scales), tl.load(own_scales + num_groups)
+            even0, odd0 = _add_awq(even0, odd0, codes, even_scale, odd_scale, inputs, column, WORDS)
+            if ROWS > 1:
+                row = inputs + num_inputs
+                even1, odd1 = _add_awq(even1, odd1, codes, even_scale, odd_scale, row, column, WORDS)
+            if ROWS > 2:
+                row = inputs + 2 * num_inputs
+                even2, odd2 = _add_awq(even2, odd2, codes, even_scale, odd_scale, row, column, WORDS)
+                row = inputs + last_row * num_inputs
+                even3, odd3 = _add_awq(even3, odd3, codes, even_scale, odd_scale, row, column, WORDS)
+        # The even outputs, and from one place further on the odd ones.
+        _store_rows(even0, even1, even2, even3, outputs, 2 * pair, 1.0, num_outputs, last_row, ROWS)
+        _store_rows(odd0, odd1, odd2, odd3, outputs + 1, 2 * pair, 1.0, num_outputs, last_row, ROWS)
 
     @triton.jit
     def _add_gemm_group(total, sums, sum_of_inputs, zero, scale):
-        return total + (sums - sum_of_inputs * zero[None, :]) * scale[None, :]
+        return total + (sums - sum_of_inputs * zero[None, None, :]) * scale[None, None, :]
 
     @triton.jit
     def _gemm_scale(scales, first, word, inside, PLACE: tl.constexpr):
@@ -374,7 +395,7 @@ if triton is not None:
 
     @triton.jit
     def _store_gemm(total, partial, word, inside, PLACE: tl.constexpr):
-        tl.store(partial + 8 * word + PLACE, tl.sum(total, axis=0), mask=inside)
+        tl.store(partial + 8 * word[None, :] + PLACE, tl.sum(total, axis=1), mask=inside[None, :])
 
     @triton.jit
     def _gemm_kernel(
@@ -387,38 +408,40 @@ if triton is not None:
         num_outputs,
         num_rows,
         groups_per_part,
+        ROWS: tl.constexpr,
         GROUP: tl.constexpr,
         INPUTS: tl.constexpr,
         WORDS: tl.constexpr,
     ):
-        """Add up eight outputs for each word over some groups of inputs, for AutoAWQ's GEMM, of one row.
+        """Add up eight outputs of all rows for each word over some groups of inputs, for AutoAWQ's GEMM.
 
         The nibbles of a word, from the lowest, are the outputs 0, 2, 4, 6, 1, 3, 5, 7.
         """
-        row, part = tl.program_id(1), tl.program_id(2)
+        part = tl.program_id(1)
+        row = tl.minimum(tl.arange(0, ROWS), num_rows - 1)  # those beyond the last are the last again
         num_words = num_outputs // 8
         word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
         inside = word < num_words
         read = tl.minimum(word, num_words - 1)
-        t0 = tl.zeros((INPUTS, WORDS), tl.float32)
+        t0 = tl.zeros((ROWS, INPUTS, WORDS), tl.float32)
         t1, t2, t3, t4, t5, t6, t7 = t0, t0, t0, t0, t0, t0, t0
         first_group = part * groups_per_part
         for group in range(first_group, tl.minimum(first_group + groups_per_part, num_inputs // GROUP)):
-            p0 = tl.zeros((INPUTS, WORDS), tl.float32)
+            p0 = tl.zeros((ROWS, INPUTS, WORDS), tl.float32)
             p1, p2, p3, p4, p5, p6, p7, sums = p0, p0, p0, p0, p0, p0, p0, p0
             for start in range(0, GROUP, INPUTS):
                 column = group * GROUP + start + tl.arange(0, INPUTS)
                 value = tl.load(words + column[:, None].to(tl.int64) * num_words + read[None, :])
-                x = tl.load(inputs + row * num_inputs + column).to(tl.float32)[:, None]
+                x = tl.load(inputs + row[:, None] * num_inputs + column[None, :]).to(tl.float32)[:, :, None]
                 sums += x
-                p0 += _place_int4(value, 0) * x
-                p1 += _place_int4(value, 4) * x
-                p2 += _place_int4(value, 8) * x
-                p3 += _place_int4(value, 12) * x
-                p4 += _place_int4(value, 16) * x
-                p5 += _place_int4(value, 20) * x
-                p6 += _place_int4(value, 24) * x
-                p7 += _place_int4(value, 28) * x
+                p0 += _place_int4(value, 0)[None, :, :] * x
+                p1 += _place_int4(value, 4)[None, :, :] * x
+                p2 += _place_int4(value, 8)[None, :, :] * x
+                p3 += _place_int4(value, 12)[None, :, :] * x
+                p4 += _place_int4(value, 16)[None, :, :] * x
+                p5 += _place_int4(value, 20)[None, :, :] * x
+                p6 += _place_int4(value, 24)[None, :, :] * x
+                p7 += _place_int4(value, 28)[None, :, :] * x
             zero = tl.load(zeros + group * num_words + read)
             own = group * num_outputs
             t0 = _add_gemm_group(t0, p0, sums, _place_int4(zero, 0), _gemm_scale(scales, own, read, inside, 0))
@@ -429,7 +452,7 @@ if triton is not None:
             t5 = _add_gemm_group(t5, p5, sums, _place_int4(zero, 20), _gemm_scale(scales, own, read, inside, 3))
             t6 = _add_gemm_group(t6, p6, sums, _place_int4(zero, 24), _gemm_scale(scales, own, read, inside, 5))
             t7 = _add_gemm_group(t7, p7, sums, _place_int4(zero, 28), _gemm_scale(scales, own, read, inside, 7))
-        own_part = partial + (part * num_rows + row).to(tl.int64) * num_outputs
+        own_part = partial + (part * num_rows + row)[:, None].to(tl.int64) * num_outputs
         _store_gemm(t0, own_part, word, inside, 0)
         _store_gemm(t1, own_part, word, inside, 2)
         _store_gemm(t2, own_part, word, inside, 4)
@@ -462,9 +485,17 @@ def outputs_per_program(num_outputs: int, most: int, num_multiprocessors: int) -
     return outputs
 
 
-def parts_of_inputs(num_words: int, num_rows: int, num_groups: int, num_multiprocessors: int) -> int:
+def groups_at_once(num_groups: int, most: int) -> int:
+    """Return how many groups of inputs a program takes at once: a power of two up to `most` that leaves no rest."""
+    groups = 1
+    while 2 * groups <= most and num_groups % (2 * groups) == 0:
+        groups *= 2
+    return groups
+
+
+def parts_of_inputs(num_words: int, num_groups: int, num_multiprocessors: int) -> int:
     """Return into how many parts AWQ GEMM splits the groups of inputs: its words of outputs alone are too few."""
-    programs = -(-num_words // GEMM_WORDS) * num_rows
+    programs = -(-num_words // GEMM_TILES[1][1])
     parts = -(-PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // programs)
     return max(1, min(parts, num_groups))
 
@@ -475,27 +506,33 @@ def _launch(format_name: str, rows: torch.Tensor, stored: list[torch.Tensor]) ->
     num_outputs = _num_outputs(format_name, stored)
     outputs = rows.new_empty(num_rows, num_outputs)
     num_multiprocessors = count_multiprocessors(rows.device)
+    shared = 1 << (num_rows - 1).bit_length()  # rows that share one decoding: 1, 2 or 4
     with torch.cuda.device_of(rows):  # Triton launches on the current device, wherever the tensors are
         if format_name == "AWQ GEMM":
             weight, zeros, scales = stored
             num_groups = len(scales)
-            parts = parts_of_inputs(num_outputs // 8, num_rows, num_groups, num_multiprocessors)
+            inputs_at_once, num_words = GEMM_TILES[shared]
+            parts = parts_of_inputs(num_outputs // 8, num_groups, num_multiprocessors)
             groups_per_part = -(-num_groups // parts)
             parts = -(-num_groups // groups_per_part)
             partial = rows.new_empty(parts, num_rows, num_outputs, dtype=torch.float32)
-            grid = (-(-num_outputs // (8 * GEMM_WORDS)), num_rows, parts)
-            sizes = (num_inputs, num_outputs, num_rows, groups_per_part, num_inputs // num_groups)
-            _gemm_kernel[grid](rows, weight, zeros, scales, partial, *sizes, GEMM_INPUTS, GEMM_WORDS)
+            grid = (-(-num_outputs // (8 * num_words)), parts)
+            sizes = (num_inputs, num_outputs, num_rows, groups_per_part)
+            constants = (shared, num_inputs // num_groups, inputs_at_once, num_words)
+            _gemm_kernel[grid](rows, weight, zeros, scales, partial, *sizes, *constants)
             _join_kernel[(-(-outputs.numel() // 256),)](partial, outputs, outputs.numel(), parts, 256)
         elif format_name == "W4A16_AWQ":
             weight, scales = stored
-            pairs = outputs_per_program(num_outputs // 2, AWQ_PAIRS, num_multiprocessors)
-            grid = (-(-num_outputs // (2 * pairs)), num_rows)
-            group = num_inputs // scales.shape[1]
-            _awq_kernel[grid](rows, weight, scales, outputs, num_inputs, num_outputs, pairs, group)
+            most, block_inputs = AWQ_TILES[shared]
+            pairs = outputs_per_program(num_outputs // 2, most, num_multiprocessors)
+            num_groups = scales.shape[1]
+            group = num_inputs // num_groups
+            groups = groups_at_once(num_groups, most // pairs * block_inputs // group)
+            grid = (-(-num_outputs // (2 * pairs)),)
+            constants = (shared, pairs, group, groups)
+            _awq_kernel[grid](rows, weight, scales, outputs, num_inputs, num_outputs, num_rows - 1, *constants)
         else:
             kernel, tiles = (_nvfp4_kernel, NVFP4_TILES) if format_name == "NVFP4" else (_fp8_kernel, FP8_TILES)
-            shared = 1 << (num_rows - 1).bit_length()  # rows that share one decoding: 1, 2 or 4
             most, block_inputs = tiles[shared]
             block_inputs //= 2 if rows.dtype == torch.float32 else 1
             block_outputs = outputs_per_program(num_outputs, most, num_multiprocessors)

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_day --call 1             # correct? the tests, the kernels at the 8B's shapes, nano
     python -m benchmarks.gpu_day --call 2             # decoding: step by step, compiled and not, many answers in turn
     python -m benchmarks.gpu_day --call 3             # packed weights, tower, prompt, first token, second question
-    python -m benchmarks.gpu_day --render             # the lines as tables, into docs/performance.md
+    python -m benchmarks.gpu_day --render             # the lines as tables, into docs/performance.md and the README
     python -m benchmarks.gpu_day --rehearse           # all calls on a pretended device, with a tiny model
 
 Every case is a process of its own with its own limit, and its JSON line is written as soon as it ends: what was
@@ -31,7 +31,7 @@ from tools import ROOT
 
 SECONDS_PER_CALL = 590
 LINES = ROOT / "benchmarks" / "results" / "gpu_day.jsonl"
-PAGE = ROOT / "docs" / "performance.md"
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 MARKS = ("<!-- gpu_day: begin -->\n", "<!-- gpu_day: end -->\n")
 # Size of the real day and of a rehearsal: tokens of a prompt, new tokens, rounds, tiles, answers in turn.
 SIZES = {
@@ -283,6 +283,7 @@ def nano(day: Day) -> dict:
 
 def decode(day: Day) -> dict:
     """G1 and G2: step clocks after a long prompt; Hugging Face's eager loop and its compiled one around the same weights."""
+    from nemotron_vl.modeling_nemotron_vl import COMPILE_OPTIONS
     from transformers import CompileConfig
 
     from benchmarks.decode import weight_bytes
@@ -299,11 +300,14 @@ def decode(day: Day) -> dict:
         return run
 
     plain_inductor = CompileConfig(mode="reduce-overhead")
+    # Query, key and value as one launch, and so two launches a layer less.
+    combined = CompileConfig(mode=None, options={**COMPILE_OPTIONS, "combo_kernels": True})
     variants = {
         "hf_eager": with_attention("sdpa", lambda: day.steps(bare, *lengths, disable_compile=True)),
         "hf_static_compiled": with_attention("sdpa", lambda: day.steps(bare, *lengths, cache_implementation="static")),
         "ours": with_attention(own, lambda: day.steps(model, *lengths)),
         "ours_plain_inductor": with_attention(own, lambda: day.steps(model, *lengths, compile_config=plain_inductor)),
+        "ours_combo_kernels": with_attention(own, lambda: day.steps(model, *lengths, compile_config=combined)),
         "ours_not_compiled": with_attention(own, lambda: day.steps(model, *lengths, disable_compile=True)),
     }
     if day.rehearsed:
@@ -523,9 +527,14 @@ def flatten(result: Any, path: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
     return [(", ".join(path), result)]
 
 
+def latest_of(lines: Sequence[dict]) -> dict[str, dict]:
+    """Return the latest line of each case that was measured."""
+    return {line["case"]: line for line in lines if not line["rehearsed"]}
+
+
 def tables(lines: Sequence[dict]) -> str:
     """Return the latest line of each case as Markdown."""
-    latest = {line["case"]: line for line in lines if not line["rehearsed"]}
+    latest = latest_of(lines)
     if not latest:
         return "Nothing has been measured on a GPU yet.\n"
     text = []
@@ -542,16 +551,53 @@ def tables(lines: Sequence[dict]) -> str:
     return "\n".join(text)
 
 
-def render(lines: Path, page: Path) -> None:
-    """Write the tables between the marks of a page."""
+def summary(lines: Sequence[dict]) -> str:
+    """Return what the README says of GPUs: the tests, and a row of tokens a second."""
+    latest = latest_of(lines)
+    if not latest:
+        return "Its CUDA code has not run on a GPU yet.\n"
+
+    def found(case: str, *path: str) -> Any:
+        value = latest.get(case, {}).get("result")
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def per_second(milliseconds: float | None) -> str:
+        return "not measured" if milliseconds is None else f"{1e3 / milliseconds:.0f}"
+
+    first = found("first_token", "default_ms")
+    cells = {
+        "Hugging Face, eager": per_second(found("decode", "variants", "hf_eager", "step_ms")),
+        "BF16": per_second(found("decode", "variants", "ours", "step_ms")),
+        **{
+            name: per_second(found(f"packed_{name.lower()}", "variants", "packed, batch 1", "step_ms"))
+            for name in ("FP8", "NVFP4", "AWQ")
+        },
+        "image to first token": "not measured" if first is None else f"{first:.0f} ms",
+    }
+    card = (found("versions", "card") or "a GPU").split(",")[0]
+    tests = found("gpu_tests", "summary") or "did not end"
+    return (
+        f"On {card} ({max(line['date'] for line in latest.values())}), random weights of full size; its tests there: "
+        f"{tests.strip('= ')} ([all numbers](docs/performance.md#measured-on-a-gpu)):\n\n"
+        f"| tokens a second of the 8B | {' | '.join(cells)} |\n|{'---|' * (len(cells) + 1)}\n"
+        f"| one sequence | {' | '.join(cells.values())} |\n"
+    )
+
+
+def render(lines: Path, pages: dict[Path, Callable[[Sequence[dict]], str]]) -> None:
+    """Write what each page says of the lines between its marks."""
     found = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
-    text = page.read_text(encoding="utf-8")
-    begin, end = (text.find(mark) for mark in MARKS)
-    if begin < 0 or end < begin:
-        raise ValueError(
-            f"{page.name} has no place for the tables: the lines {MARKS[0].strip()} and {MARKS[1].strip()}."
-        )
-    page.write_text(text[: begin + len(MARKS[0])] + "\n" + tables(found) + "\n" + text[end:], encoding="utf-8")
+    for page, write in pages.items():
+        text = page.read_text(encoding="utf-8")
+        begin, end = (text.find(mark) for mark in MARKS)
+        if begin < 0 or end < begin:
+            raise ValueError(
+                f"{page.name} has no place for the tables: the lines {MARKS[0].strip()} and {MARKS[1].strip()}."
+            )
+        text = text[: begin + len(MARKS[0])] + "\n" + write(found) + "\n" + text[end:]
+        page.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -560,12 +606,14 @@ def main() -> int:
     parser.add_argument("--case", choices=CASES, help="run one case in this process and print its line")
     parser.add_argument("--out", type=Path, help="folder of gpu_day.jsonl; the default is $OUT or benchmarks/results")
     parser.add_argument("--rehearse", action="store_true", help="a pretended device and a tiny model")
-    parser.add_argument("--render", action="store_true", help="write the lines as tables into docs/performance.md")
+    parser.add_argument(
+        "--render", action="store_true", help="write the lines into docs/performance.md and the README"
+    )
     arguments = parser.parse_args()
     folder = arguments.out or Path(os.environ.get("OUT") or LINES.parent)
     lines = folder / LINES.name
     if arguments.render:
-        render(lines, PAGE)
+        render(lines, {PAGE: tables, README: summary})
         return 0
     if arguments.case:
         run_case(arguments.case, arguments.rehearse)

@@ -9,6 +9,9 @@ The products multiply 1 and 512 rows by random weights of the 8B's shapes in eve
 and print million weights a second (best and median, processor time of one thread; the last column is the clock with
 all threads), the time as a multiple of the dense bfloat16 product, and the relative error against float64.
 
+With llama-cpp-python and gguf (`pip install llama-cpp-python gguf`) the products and the middle model run in llama.cpp
+too; `benchmarks/llama_cpp.py` says what that rounds.
+
 The middle model has the decoder of Llama 3.2 1B, random weights and a small tower; nano is the repository's.
 Checkpoints of every format are made with `tools.quantize` (without calibration: it does not change speed) in a
 temporary folder, and each is measured in a process of its own, which prints one JSON line: seconds to load, tokens a
@@ -37,6 +40,7 @@ from nemotron_vl import torch_int4
 from nemotron_vl.configuration_nemotron_vl import LLAMA_3_1_8B, NemotronVLConfig
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 
+from benchmarks import llama_cpp
 from tools import ROOT, quantize
 
 QUANTISED = ("fp8", "nvfp4", "awq")
@@ -115,15 +119,44 @@ def measure(checkpoint: Path, dequantize: bool, dtype: str, device: str, prompt:
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
 
         times.append(timed(step, device))
+    found = summary(quantize.folder_size(checkpoint), load_seconds, (imports, loaded), prompt / prompt_seconds, times)
+    return found if device == "cpu" else found | {"gpu_peak_mib": round(torch.cuda.max_memory_allocated() / 2**20)}
+
+
+def measure_llama_cpp(file: Path, prompt: int, steps: int) -> dict[str, object]:
+    """Do the same with a GGUF file in llama.cpp, on as many threads as torch has."""
+    from llama_cpp import Llama
+
+    imports = resident_mib()
+    model: Llama
+
+    def load() -> None:
+        nonlocal model
+        threads = torch.get_num_threads()
+        model = Llama(str(file), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    load_seconds = timed(load, "cpu")
+    ids = torch.randint(3, 400, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    model.eval(ids)
+    loaded = resident_mib()
+    model.reset()
+    prompt_seconds = timed(lambda: model.eval(ids), "cpu")
+    times = [timed(lambda: model.eval(ids[:1]), "cpu") for _ in range(steps)]
+    return summary(file.stat().st_size, load_seconds, (imports, loaded), prompt / prompt_seconds, times)
+
+
+def summary(
+    file_bytes: int, load_seconds: float, resident: tuple[int, int], prompt_speed: float, times: list[float]
+) -> dict[str, object]:
+    """Return the numbers of a model; `resident` is the memory before it was loaded and after its first answer."""
     low, _, high = statistics.quantiles(times, n=4)
-    memory = {"imports_mib": imports, "loaded_mib": loaded, "peak_mib": resident_mib("VmHWM")}
-    if device != "cpu":
-        memory["gpu_peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return {
-        "file_mib": round(quantize.folder_size(checkpoint) / 2**20, 1),
+        "file_mib": round(file_bytes / 2**20, 1),
         "load_seconds": round(load_seconds, 2),
-        **memory,
-        "prompt_tokens_per_second": round(prompt / prompt_seconds, 2),
+        "imports_mib": resident[0],
+        "loaded_mib": resident[1],
+        "peak_mib": resident_mib("VmHWM"),
+        "prompt_tokens_per_second": round(prompt_speed, 2),
         "tokens_per_second": round(1 / statistics.median(times), 3),
         "tokens_per_second_quartiles": [round(1 / high, 3), round(1 / low, 3)],
     }
@@ -150,7 +183,7 @@ def product_layers(rows: int, columns: int) -> dict[str, tuple[Any, torch.Tensor
         codes, layer.int4_scales = torch_int4.convert(layer.own_tensors())
         layer.qweight = torch.nn.Parameter(codes, requires_grad=False)
         ways["awq by torch's int4 operator"] = layer, ways["awq"][1]  # the way without a C compiler
-    return ways
+    return ways | (llama_cpp.products(linear.weight.detach()) if llama_cpp.is_installed() else {})
 
 
 @torch.no_grad()
@@ -207,6 +240,15 @@ def variants(dtypes: list[str]) -> list[tuple[str, str, bool, str]]:
     return rows
 
 
+def llama_cpp_variants(folder: Path) -> list[tuple[str, str, bool, str]]:
+    """Write the middle model for llama.cpp, if that is installed; return the rows as `variants` does."""
+    rows = []
+    for quantisation in llama_cpp.QUANTISATIONS if llama_cpp.is_installed() else ():
+        llama_cpp.write_model(folder / f"{quantisation}.gguf", quantisation, MIDDLE)
+        rows.append((f"llama.cpp {quantisation}", f"{quantisation}.gguf", False, "float32"))
+    return rows
+
+
 def markdown(rows: list[dict]) -> str:
     keys = ("file_mib", "load_seconds", "loaded_mib", "peak_mib", "prompt_tokens_per_second", "tokens_per_second")
     lines = [
@@ -235,9 +277,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.only:
         checkpoint, dequantize, dtype = options.only
-        found = measure(
-            Path(checkpoint), dequantize == "True", dtype, options.device, options.prompt_tokens, options.steps
-        )
+        sizes = options.prompt_tokens, options.steps
+        if checkpoint.endswith(".gguf"):
+            found = measure_llama_cpp(Path(checkpoint), *sizes)
+        else:
+            found = measure(Path(checkpoint), dequantize == "True", dtype, options.device, *sizes)
         print(json.dumps(found))
         return
     conditions = {
@@ -249,6 +293,7 @@ def main() -> None:
         "batch_size": 1,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"llama_cpp": llama_cpp.version()} if llama_cpp.is_installed() else {}),
         "date": time.strftime("%Y-%m-%d"),
     }
     rows = []
@@ -260,14 +305,18 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             make_checkpoints(model, Path(folder))
-            for name, checkpoint, dequantize, dtype in variants(options.dtypes):
+            others = llama_cpp_variants(Path(folder)) if model == "middle" and options.device == "cpu" else []
+            for name, checkpoint, dequantize, dtype in variants(options.dtypes) + others:
                 command = [sys.executable, "-m", "benchmarks.quantized", "--device", options.device]
                 command += ["--prompt-tokens", str(options.prompt_tokens), "--steps", str(options.steps)]
                 command += ["--only", str(Path(folder) / checkpoint), str(dequantize), dtype]
                 finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if finished.returncode:
                     raise RuntimeError(f"{model}, {name} failed:\n{finished.stderr[-2000:]}")
-                rows.append({"model": model, "weights": name} | json.loads(finished.stdout.splitlines()[-1]))
+                load_average = {"load_average": round(os.getloadavg()[0], 1)}
+                rows.append(
+                    {"model": model, "weights": name} | load_average | json.loads(finished.stdout.splitlines()[-1])
+                )
                 print(json.dumps(conditions | rows[-1]), flush=True)
     if rows:
         print(markdown(rows))

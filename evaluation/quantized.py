@@ -3,8 +3,8 @@
     python -m evaluation.quantized --out evaluation/results/quantized.json
 
 Each format is made with `python -m tools.quantize`, calibrated on images of training documents, none of which is
-asked about; then the very same held-out questions are asked. Layers are unpacked for it: the weights and the answers
-are those of the packed ones, only faster. Prints a table whose first row holds shares in percent and whose other rows
+asked about; then the very same held-out questions are asked of the unpacked weights, and once more of the packed ones,
+to count the answers that differ: sums in another order may turn one where two tokens are equally probable. Prints a table whose first row holds shares in percent and whose other rows
 hold differences from it in percentage points; the last line of the output is one JSON object.
 """
 
@@ -73,26 +73,32 @@ def compare(before: list[dict], after: list[dict]) -> dict[str, Any]:
             name: round(share - shares[name], 2) for name, share in percentages(after).items() if name in shares
         },
         "standard_error_of_all": round(numbers["standard_error"], 2),
-        "answers_changed": sum(old["given"] != new["given"] for old, new in zip(before, after, strict=True)),
+        "answers_changed": count_differences(before, after),
         "became_wrong": numbers["became_wrong"],
         "became_right": numbers["became_right"],
     }
+
+
+def count_differences(first: list[dict], second: list[dict]) -> int:
+    """Count the answers that differ."""
+    return sum(one["given"] != other["given"] for one, other in zip(first, second, strict=True))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """One table: a row per format."""
     plain = report["formats"][PLAIN]
     names = list(plain["percent"])
-    lines = [f"| | weights, MiB | layer error, mean (worst) | answers changed | {' | '.join(names)} |"]
-    lines.append("|---" * (len(names) + 4) + "|")
+    lines = [f"| | weights, MiB | layer error, mean (worst) | answers changed | packed | {' | '.join(names)} |"]
+    lines.append("|---" * (len(names) + 5) + "|")
     cells = [f"{plain['percent'][name]:.1f}" for name in names]
-    lines.append(f"| {PLAIN} ({report['dtype']}) | {plain['bytes'] / 2**20:.1f} | | | {' | '.join(cells)} |")
+    lines.append(f"| {PLAIN} ({report['dtype']}) | {plain['bytes'] / 2**20:.1f} | | | | {' | '.join(cells)} |")
     for name, numbers in list(report["formats"].items())[1:]:
         cells = [f"{numbers['difference_in_points'][task]:+.1f}" for task in names]
         cells[0] += f" ± {numbers['standard_error_of_all']:.1f}"
         error = f"{numbers['mean_relative_error']:.3f} ({numbers['worst_relative_error']:.3f})"
         size = f"{numbers['bytes_after'] / 2**20:.1f}"
-        lines.append(f"| {name} | {size} | {error} | {numbers['answers_changed']} | {' | '.join(cells)} |")
+        changed = f"{numbers['answers_changed']} | {numbers['packed_answers_differ']}"
+        lines.append(f"| {name} | {size} | {error} | {changed} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -103,11 +109,12 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=64, help="AWQ: inputs per scale; nano's widths allow 64")
     parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--dtype", default="auto", help="of the computation; that of the checkpoint by default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     require_fonts()
     questions = make_questions(arguments.documents, tuple(KINDS))
-    model, processor = load(arguments.model)
+    model, processor = load(arguments.model, dtype=arguments.dtype)
     before = evaluate(model, processor, questions, arguments.batch_size)
     size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
     report = {
@@ -124,8 +131,11 @@ def main() -> None:
         for name in arguments.formats:
             out = Path(folder) / name
             numbers = quantize(arguments.model, name, images, arguments.group_size, out)
-            model, processor = load(out, dequantize=True)
+            model, processor = load(out, dequantize=True, dtype=arguments.dtype)
             after = evaluate(model, processor, questions, arguments.batch_size)
+            model, processor = load(out, dtype=arguments.dtype)
+            packed = evaluate(model, processor, questions, arguments.batch_size)
+            numbers |= {"packed_answers_differ": count_differences(after, packed), "questions": len(packed)}
             report["formats"][name] = numbers | compare(before, after) | {"percent": percentages(after)}
             write_report(arguments.out, report)  # after every format: a stopped run keeps what it has
     print(f"\n{markdown(report)}\n{json.dumps(report)}")

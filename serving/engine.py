@@ -314,6 +314,10 @@ class Engine:
     # --- the second thread ---
 
     def _generate_all(self) -> None:
+        try:
+            self.model.compile_in_this_thread()
+        except RuntimeError as error:  # whoever made this engine has generated with the model before
+            logger.warning("Answers go without the compiled step. %s", error)
         while (held := self._prepared.get()) is not None:
             job, prepared = held
             begin = time.monotonic()

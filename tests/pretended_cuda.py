@@ -264,7 +264,7 @@ def attend_plainly(query, key, value, mask, scaling) -> torch.Tensor:
 @contextlib.contextmanager
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """Have torch believe in one GPU, on which our kernels run, and nothing is compiled."""
-    from nemotron_vl import decode_attention, modeling_nemotron_vl, packed_matmul, quantization_nemotron_vl
+    from nemotron_vl import chat, decode_attention, modeling_nemotron_vl, packed_matmul, quantization_nemotron_vl
     from nemotron_vl import triton_kernels as trial
 
     cuda = PretendedCuda.current = PretendedCuda()
@@ -310,7 +310,8 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         for name in ("device", "device_of"):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda _: contextlib.nullcontext()))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_with_modes))
-        for module in (decode_attention, modeling_nemotron_vl, packed_matmul):
+        stack.enter_context(mock.patch.object(chat, "_lasting_thread", chat._LastingThread()))  # it keeps its modes
+        for module in (chat, decode_attention, modeling_nemotron_vl, packed_matmul):
             runs = lambda device: device.type == "cuda"  # noqa: E731
             stack.enter_context(mock.patch.object(module, "runs_kernels", runs))
         stack.enter_context(mock.patch.object(trial, "runs_kernels", runs))

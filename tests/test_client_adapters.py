@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from nemotron_vl.image_processing import select_tile_grid
+from nemotron_vl.reading.engines import page_prompt_of
+from nemotron_vl.reading.pages import PAGE_PROMPT
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from tools import ROOT, adopt
 
@@ -137,6 +140,30 @@ def test_docling_leaves_no_token_of_the_end_in_the_markdown(nano, processor):
     assert processor.batch_decode(new_ids, **decoding) == [ANSWER]
     assert processor.batch_decode(new_ids) == [f"{ANSWER}<|eot_id|>"]  # what docling does without the option
     assert options["repo_id"] == nano.name
+
+
+def test_docling_asks_a_server_what_tools_read_asks(nano, tiny_checkpoint, monkeypatch):
+    docling = adapter("docling_markdown")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    options = docling.server_options(nano, "http://localhost:8000/v1/", "nano", timeout=60)
+    assert options["url"] == "http://localhost:8000/v1/chat/completions" and options["timeout"] == 60
+    assert options["headers"] == {"Authorization": "Bearer secret"} and options["params"]["model"] == "nano"
+    assert options["prompt"] == page_prompt_of(AutoConfig.from_pretrained(nano, **REMOTE)) == "Transcribe the page."
+    assert docling.page_prompt(tiny_checkpoint) == PAGE_PROMPT  # a config without words of its own
+
+
+def test_docling_sends_a4_with_the_pixels_of_its_tiles():
+    options = adapter("docling_markdown").PAGE_SIZE
+    rows, columns = select_tile_grid(1754, 1240)  # at 150 dpi
+    sent = [round(min(options["scale"], options["max_size"] / 842) * side) for side in (842, 595)]  # docling's rule
+    assert select_tile_grid(*sent) == (rows, columns) == (4, 3)
+    assert sent[0] >= 512 * rows and sent[1] / (512 * columns) > 0.95
+
+
+def test_docling_gets_no_latex_tables_and_keeps_lines():
+    answer = "Seller\nTotal\n\n\\begin{tabular}{lr}\nVase & 1 \\\\\nPen & 2 \\\\\n\\end{tabular}\nEnd"
+    written = adapter("docling_markdown").to_markdown(answer)
+    assert written.startswith("Seller  \nTotal\n\n| Vase | 1 |") and "tabular" not in written
 
 
 # --- LLaMA-Factory: llamafactory/data/mm_plugin.py and template.py, restated at 0.9.5 ---
@@ -312,7 +339,7 @@ def test_docling_runs(nano, tmp_path):
     markdown = run(
         tmp_path, sys.executable, str(CLIENTS / "docling_markdown.py"), str(nano), str(RECEIPT), "--scale", "1"
     )
-    assert f"Total {ANSWER}" in markdown and "<|" not in markdown
+    assert f"Total {ANSWER}" in [line.strip() for line in markdown.splitlines()] and "<|" not in markdown
 
 
 @pytest.mark.slow

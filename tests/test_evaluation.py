@@ -107,10 +107,16 @@ def test_formats_are_compared_question_by_question():
     assert found["difference_in_points"]["price"] == 0.0
     assert found["difference_in_points"]["html, CER"] == 0.0
     assert found["standard_error_of_all"] == pytest.approx(100 * (0.1 * 0.9 / 39) ** 0.5, abs=0.01)
-    sizes = {"bytes_after": 2**20, "mean_relative_error": 0.03, "worst_relative_error": 0.04}
+    assert quantized.count_differences(before, after) == 4
+    sizes = {
+        "bytes_after": 2**20,
+        "mean_relative_error": 0.03,
+        "worst_relative_error": 0.04,
+        "packed_answers_differ": 2,
+    }
     plain = {"bytes": 2**21, "percent": quantized.percentages(before)}
     report = {"dtype": "float32", "formats": {quantized.PLAIN: plain, "fp8": found | sizes}}
-    assert "| fp8 | 1.0 | 0.030 (0.040) | 4 | -10.0 ± 4.8 | -25.0 |" in quantized.markdown(report)
+    assert "| fp8 | 1.0 | 0.030 (0.040) | 4 | 2 | -10.0 ± 4.8 | -25.0 |" in quantized.markdown(report)
 
 
 def test_ordinary_pages_are_asked_about_in_every_task():

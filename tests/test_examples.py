@@ -7,11 +7,14 @@ After a change to the notebook, or to nano, renew its outputs (pip install nbcon
 That of the other one (pip install pypdfium2 pandas llguidance jsonschema) likewise.
 """
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -111,3 +114,73 @@ def test_the_walk_through_runs_from_end_to_end(tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
     assert "> Total as JSON?" in done.stdout and not list(ROOT.glob("my-documents"))
     assert (tmp_path / "runs" / "mine" / "adapter").is_dir()
+
+
+# --- read.py, the recipe in one file ---
+
+
+def recipe() -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("recipe", EXAMPLES / "read.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_reads_a_folder_and_says_what_failed(tmp_path, capsys):
+    (tmp_path / "in/may").mkdir(parents=True)
+    (tmp_path / "in/broken.pdf").write_bytes(b"%PDF-1.7 and no more")
+    (tmp_path / "in/notes.txt").write_text("Not a document.")
+    shutil.copy(EXAMPLES / "receipt.png", tmp_path / "in/may")
+    assert recipe().main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    markdown = (tmp_path / "out/may/receipt.png.md").read_text(encoding="utf-8")
+    assert markdown.startswith("<!-- page 1 -->\n") and "Total 72.13" in markdown.splitlines()
+    rows = [json.loads(line) for line in (tmp_path / "out/pages.jsonl").read_text(encoding="utf-8").splitlines()]
+    broken, receipt = sorted(rows, key=lambda row: row["file"])
+    assert broken["status"] == "failed" and "broken.pdf" in broken["error"] and broken["page"] is None
+    assert receipt["status"] == "read" and receipt["answer"] in markdown and receipt["page"] == 1
+    assert "page 1: read" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="nothing is overwritten"):
+        recipe().main([str(tmp_path / "in"), str(tmp_path / "out")])
+
+
+def test_the_recipe_reads_a_checkpoint_directory_page_by_page(tiny_checkpoint, tmp_path):
+    pytest.importorskip("pypdfium2", reason="pip install pypdfium2")
+    options = ["--model", str(tiny_checkpoint), "--max-new-tokens", "3", "--prompt", "What is this?"]
+    assert recipe().main([str(EXAMPLES / "invoice.pdf"), str(tmp_path / "out"), *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out/pages.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["page"] for row in rows] == [1, 2, 3] and all(row["tokens"] <= 3 for row in rows)
+    markdown = (tmp_path / "out/invoice.pdf.md").read_text(encoding="utf-8")
+    places = [markdown.index(f"<!-- page {row['page']}") for row in rows]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("mistake", ["no such file", "no documents", "no checkpoint"])
+def test_the_recipe_says_a_mistake_in_a_sentence(tmp_path, mistake):
+    given = {"no such file": tmp_path / "absent.pdf", "no documents": tmp_path}.get(mistake, EXAMPLES / "receipt.png")
+    with pytest.raises(SystemExit) as ended:
+        recipe().main([str(given), str(tmp_path / "out"), "--model", str(tmp_path)])
+    said = {"no such file": "does not exist", "no documents": "holds no file", "no checkpoint": "--model DIR"}
+    assert said[mistake] in ended.value.code and not (tmp_path / "out").exists()
+
+
+def test_the_recipe_pins_what_the_project_pins():
+    head = (EXAMPLES / "read.py").read_text(encoding="utf-8").split("# ///")[1]
+    pins = set(re.findall(r'"([\w-]+==[\d.]+)"', head))
+    known = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt")).splitlines()
+    assert len(pins) == 6 and pins <= set(known)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_by_uv_in_a_fresh_environment(tmp_path):
+    """uv takes wheels from where pip is told to look first; PyPI's torch for Linux has CUDA and weighs 4 GB."""
+    pytest.importorskip("uv", reason="pip install uv")
+    shutil.copy(EXAMPLES / "read.py", tmp_path)  # away from the clone
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    variables |= {"UV_FIND_LINKS": variables.get("PIP_FIND_LINKS", ""), "HF_HUB_OFFLINE": "1"}
+    command = ["uv", "run", "read.py", str(EXAMPLES / "invoice.pdf"), "out", "--model", str(ROOT / "nano")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    markdown = (tmp_path / "out/invoice.pdf.md").read_text(encoding="utf-8")
+    assert "Invoice A20471" in markdown and "Total 320.76" in markdown

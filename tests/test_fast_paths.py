@@ -1,20 +1,26 @@
 """The fast paths are exact: static cache and compiled decode, uint8 tiles, a choice of attention per part."""
 
 import gc
+import itertools
+import os
+import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import transformers
-from nemotron_vl import decode_attention, modeling_nemotron_vl
+from nemotron_vl import chat, decode_attention, modeling_nemotron_vl
 from nemotron_vl.decode_attention import default_attention
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import TextIteratorStreamer
 from transformers.utils import is_flash_attn_2_available
 
+from tests.processes import run
 from tests.prompts import ONE, WIDE, encode
+from tests.served import served
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -27,7 +33,8 @@ def batch(processor):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Have the CPU treated as a device whose generations are compiled by default."""
-    monkeypatch.setattr(modeling_nemotron_vl, "runs_kernels", lambda device: device.type == "cpu")
+    for module in (modeling_nemotron_vl, chat):
+        monkeypatch.setattr(module, "runs_kernels", lambda device: device.type == "cpu")
 
 
 def caches_of(model, call) -> list[str]:
@@ -86,10 +93,10 @@ def test_other_threads_keep_the_dynamic_cache(model, batch, as_on_cuda):
 
 def test_static_cache_by_default_changes_no_token(model, batch, processor, as_on_cuda, monkeypatch):
     static = model.generate(**batch, **GREEDY)
-    chat = model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
+    answer = model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
     monkeypatch.setattr(modeling_nemotron_vl, "runs_kernels", lambda device: False)
     assert torch.equal(static, model.generate(**batch, **GREEDY))
-    assert chat == model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
+    assert answer == model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
 
 
 def test_compiled_decode_gives_the_tokens_of_the_plain_one(model, batch, as_on_cuda):
@@ -303,3 +310,123 @@ def test_a_longer_answer_and_a_longer_image_compile_nothing_anew(processor, as_o
 def test_a_chat_on_cuda_warns_about_nothing(model, processor, batch, as_on_cuda, caplog):
     model.chat(processor, batch["pixel_values"], "What?", GREEDY, num_patches=batch["num_patches"])
     assert not [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]
+
+
+@pytest.fixture
+def fresh(tiny_checkpoint, as_on_cuda):
+    """A model that no thread has generated with."""
+    return Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint).eval()
+
+
+def stream(model, processor, question="What?", **options):
+    return model.chat_stream(processor, None, question, {**GREEDY, **options})
+
+
+@FIVE
+def test_one_static_cache_serves_one_stream_after_the_other(fresh, model, processor):
+    """A CUDA graph belongs to a thread, so all streams take the same one, and the main thread stays with a dynamic cache."""
+    expected = model.chat(processor, None, "What?", GREEDY)
+    addresses, threads = set(), set()
+    hook = fresh.language_model.register_forward_hook(lambda *_: threads.add(threading.current_thread()))
+
+    def answer():
+        assert "".join(stream(fresh, processor)).strip() == expected
+
+    for _ in range(3):
+        (cache,) = caches_used(fresh, answer)
+        addresses.add(cache.layers[0].keys.data_ptr())
+    hook.remove()
+    assert len(addresses) == len(threads) == 1 and threads != {threading.main_thread()}
+    assert caches_of(fresh, lambda: fresh.chat(processor, None, "What?", GREEDY)) == ["DynamicCache"]
+
+
+def test_streams_keep_the_dynamic_cache_where_the_main_thread_owns_the_graphs(fresh, processor):
+    expected = fresh.chat(processor, None, "What?", GREEDY)
+    answers = []
+    caches = caches_of(fresh, lambda: answers.append("".join(stream(fresh, processor)).strip()))
+    assert caches == ["DynamicCache"] and answers == [expected]
+
+
+def test_a_lasting_thread_may_own_the_graphs(fresh, model, processor, batch):
+    """As that of a server, which generates in one thread."""
+    expected = model.generate(**batch, **GREEDY)
+    with ThreadPoolExecutor(1) as server:
+        server.submit(fresh.compile_in_this_thread).result()
+        answers = []
+        in_server = lambda: answers.append(server.submit(fresh.generate, **batch, **GREEDY).result())  # noqa: E731
+        assert caches_of(fresh, in_server) == ["StaticCache"]
+        assert caches_of(fresh, lambda: answers.append(fresh.generate(**batch, **GREEDY))) == ["DynamicCache"]
+        assert all(torch.equal(answer, expected) for answer in answers)
+        with pytest.raises(RuntimeError, match="before the first generation"):
+            fresh.compile_in_this_thread()
+    fresh.compile_in_this_thread()  # the thread of the server has ended
+    assert caches_of(fresh, lambda: fresh.generate(**batch, **GREEDY)) == ["StaticCache"]
+
+
+def test_the_server_answers_with_a_static_cache(fresh, processor):
+    answers = []
+
+    def ask_twice():
+        with served(fresh, processor) as client:
+            for _ in range(2):
+                messages = [{"role": "user", "content": "What?"}]
+                answer = client.chat.completions.create(model="nano", messages=messages, max_tokens=8)
+                answers.append(answer.choices[0].message.content)
+
+    assert caches_of(fresh, ask_twice) == ["StaticCache"]
+    assert answers == [fresh.chat(processor, None, "What?", GREEDY)] * 2
+
+
+def test_streams_at_once_and_within_each_other_wait_for_none(fresh, model, processor):
+    expected = [model.chat(processor, None, question, GREEDY) for question in ("What?", "Who is it?")]
+    both = [stream(fresh, processor, "What?"), stream(fresh, processor, "Who is it?")]
+    pieces = list(itertools.zip_longest(*both, fillvalue=""))
+    assert ["".join(column).strip() for column in zip(*pieces, strict=True)] == expected
+    inner = []
+
+    class Asking(StoppingCriteria):
+        def __call__(self, input_ids, *_, **__):
+            inner.append("".join(stream(fresh, processor, "Who is it?")).strip())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    outer = "".join(stream(fresh, processor, stopping_criteria=[Asking()])).strip()
+    assert outer == expected[0] and set(inner) == {expected[1]}
+
+
+@FIVE
+def test_a_stream_that_fails_or_is_left_takes_nothing_from_the_next(fresh, model, processor):
+    expected = model.chat(processor, None, "What?", GREEDY)
+    with pytest.raises(ValueError, match="context"):
+        list(stream(fresh, processor, "x" * 3000))
+    left = stream(fresh, processor, max_new_tokens=400, min_new_tokens=400)
+    next(left)
+    left.close()
+    answers = []
+    assert caches_of(fresh, lambda: answers.append("".join(stream(fresh, processor)).strip())) == ["StaticCache"]
+    assert answers == [expected]
+
+
+PROCESS = """
+import os, sys, tools
+from nemotron_vl import chat, modeling_nemotron_vl
+from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
+from nemotron_vl.processing_nemotron_vl import NemotronVLProcessor
+for module in (chat, modeling_nemotron_vl):
+    module.runs_kernels = lambda device: True
+model = Llama_Nemotron_Nano_VL.from_pretrained(sys.argv[1]).eval()
+processor = NemotronVLProcessor.from_pretrained(sys.argv[1])
+ask = lambda tokens: model.chat_stream(processor, None, "What?", {"max_new_tokens": tokens, "min_new_tokens": tokens})
+expected = "".join(ask(4))
+child = os.fork()
+if not child:
+    os._exit("".join(ask(4)) != expected)
+print(os.waitpid(child, 0)[1])
+left = ask(20)
+next(left)  # and the process ends
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="is about forked processes")
+def test_the_thread_of_streams_hinders_neither_a_fork_nor_the_end_of_a_process(tiny_checkpoint):
+    assert run(sys.executable, "-c", PROCESS, tiny_checkpoint, OMP_NUM_THREADS="1").split() == ["0"]

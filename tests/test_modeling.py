@@ -194,6 +194,21 @@ def test_logits_to_keep_cuts_the_first_positions(model, processor):
     torch.testing.assert_close(model(**batch, logits_to_keep=2).logits, model(**batch).logits[:, -2:])
 
 
+@pytest.mark.parametrize("kept", ["last positions", "positions with loss"])
+def test_labels_cut_to_the_kept_logits_give_the_same_loss(model, processor, kept):
+    """ms-swift cuts both to save memory: to a number of positions, or to those that carry loss."""
+    batch = encode(processor, [ONE])
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -4:-1] = batch["input_ids"][:, -4:-1]
+    expected = model(**batch, labels=labels).loss
+    cut, logits_to_keep = labels[:, -5:], 5
+    if kept == "positions with loss":
+        has_loss = labels[0] != -100
+        cut = torch.nn.functional.pad(labels[:, has_loss], (1, 0), value=-100)
+        logits_to_keep = torch.nn.functional.pad(has_loss[1:], (0, 1), value=True)
+    torch.testing.assert_close(model(**batch, labels=cut, logits_to_keep=logits_to_keep).loss, expected)
+
+
 def test_precomputed_features_replace_pixels(model, processor):
     batch = encode(processor, [WIDE])
     expected = model(**batch).logits

@@ -163,6 +163,38 @@ def test_nvfp4_encoder_keeps_representable_weights_and_rounds_ties_to_even():
     assert torch.equal(decode_nvfp4(quantize.encode_nvfp4(weight), torch.float32), weight)
 
 
+def test_rounding_to_e2m1_is_encoding_and_decoding():
+    values = torch.cat((torch.linspace(-8, 8, 4097), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])))
+    codes = quantize.encode_e2m1(values).int()
+    expected = torch.tensor(quantize.E2M1_VALUES)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    assert torch.equal(quantize.round_to_e2m1(values), expected)
+
+
+def test_block_scales_of_nvfp4_have_the_least_error_of_the_outputs():
+    """Against a plain search over the same scales, block by block."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (torch.randn(shape, generator=generator) for shape in ((12, 32), (50, 32)))
+    rows *= torch.randn(32, generator=generator).exp()
+    weight[3, :16] = 0
+    plain, chosen = quantize.encode_nvfp4(weight), quantize.encode_nvfp4(weight, rows=rows)
+    assert torch.equal(chosen["weight_scale_2"], plain["weight_scale_2"])
+    assert (chosen["weight_scale"].float() >= plain["weight_scale"].float()).all()
+    decoded, unit = decode_nvfp4(chosen, torch.float32), float(plain["weight_scale_2"])
+    changed = 0
+    for output in range(12):
+        for block, columns in enumerate((slice(0, 16), slice(16, 32))):
+            part, inputs, errors = weight[output, columns], rows[:, columns], []
+            byte = int(plain["weight_scale"][output, block].view(torch.uint8))
+            for code in range(byte, min(byte + 6, 126) + 1):
+                factor = float(torch.tensor(code, dtype=torch.uint8).view(torch.float8_e4m3fn).float()) * unit
+                tried = quantize.round_to_e2m1(part / factor) * factor
+                errors.append(float((inputs @ (tried - part)).square().sum()))
+            found = float((inputs @ (decoded[output, columns] - part)).square().sum())
+            assert found == pytest.approx(min(errors), rel=1e-3, abs=1e-9)
+            changed += found < 0.99 * errors[0]
+    assert changed > 12
+
+
 @pytest.mark.parametrize(("name", "expected"), [("nvfp4", 0.096), ("fp8", 0.026), ("awq", 0.1)])
 def test_encoders_have_the_error_of_their_format(name: str, expected: float):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))

@@ -51,7 +51,7 @@ ARROWS = {
     "decode_attention": "triton_kernels",
     "quantization_nemotron_vl": "checkpoint packed_matmul cpu_matmul torch_int4",
     "video_processing": "image_processing pictures",
-    "chat": "prompts pictures answers video_processing",
+    "chat": "prompts pictures answers video_processing decode_attention triton_kernels",
     "processing_nemotron_vl": "prompts image_processing pictures video_processing",
     "modeling_nemotron_vl": (
         "configuration_nemotron_vl checkpoint radio_model quantization_nemotron_vl decode_attention triton_kernels chat "

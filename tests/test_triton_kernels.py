@@ -206,6 +206,17 @@ PACKED = {
     "FP8": (packed_matmul._fp8_kernel, packed_matmul.FP8_TILES, {"weight": "*u8"}),
 } if triton_kernels.triton is not None else {}  # fmt: skip
 SIZES = ("num_inputs", "num_outputs")
+AWQ = {"words": "*i32", "scales": "*fp32"}
+GEMM = {"words": "*i32", "zeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
+
+
+def awq_constants(rows, pairs, inputs):
+    return {"ROWS": rows, "PAIRS": pairs, "GROUP": 128, "GROUPS": inputs // 128}
+
+
+def gemm_constants(rows):
+    inputs, words = packed_matmul.GEMM_TILES[rows]
+    return {"ROWS": rows, "INPUTS": inputs, "WORDS": words, "GROUP": 128}
 
 
 @pytest.mark.slow
@@ -224,6 +235,29 @@ def test_machine_code_of_packed_products_takes_few_instructions_a_weight(name, m
         assert not code.spilled and counted <= (most if rows == 1 else rows * single), (rows, counted)
     longest = max(code.loops, key=len)
     assert sum("STG" in instruction or "ATOM" in instruction for instruction in longest) == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_machine_code_of_awq_takes_few_instructions_a_weight_at_the_shapes_of_the_8b():
+    """Where outputs are too few for the multiprocessors, a program takes fewer of them, and more inputs at once."""
+    pointers = {"inputs": "*bf16", "outputs": "*bf16"}
+    for num_outputs, num_inputs, most in ((14336, 4096, 5.8), (4096, 14336, 6.0), (1024, 4096, 7.0)):
+        single = None
+        for rows, (pairs, inputs) in packed_matmul.AWQ_TILES.items():
+            own = packed_matmul.outputs_per_program(num_outputs // 2, pairs, 132)
+            groups = packed_matmul.groups_at_once(num_inputs // 128, pairs // own * inputs // 128)
+            constants = awq_constants(rows, own, 128 * groups)
+            code = compile_kernel(packed_matmul._awq_kernel, pointers | AWQ, constants, SIZES, 90)
+            counted = code.per_item(2 * own * 128 * groups)
+            single = single or counted
+            assert not code.spilled and counted <= (most if rows == 1 else 0.8 * rows * single), (constants, counted)
+    for rows, (inputs, words) in packed_matmul.GEMM_TILES.items():
+        code = compile_kernel(packed_matmul._gemm_kernel, pointers | GEMM, gemm_constants(rows), SIZES, 90)
+        inner, outer = sorted(map(len, code.loops))
+        rounds = 128 // inputs  # of the inner loop in one of the outer
+        counted = (outer + (rounds - 1) * inner) * code.num_threads / (8 * words * 128)
+        assert not code.spilled and counted <= {1: 6.7, 2: 8.6, 4: 12.4}[rows], (rows, counted)
 
 
 @pytest.mark.slow
@@ -250,11 +284,16 @@ def test_machine_code_of_packed_products_spills_no_registers():
                 for rows, (outputs, inputs) in tiles.items()
                 if rows != 2
             ]
-            awq = {"words": "*i32", "scales": "*fp32"}
-            cases.append((packed_matmul._awq_kernel, awq, {"PAIRS": packed_matmul.AWQ_PAIRS, "GROUP": 128}))
-            gemm = {"INPUTS": packed_matmul.GEMM_INPUTS, "WORDS": packed_matmul.GEMM_WORDS, "GROUP": 128}
-            awq = awq | {"zeros": "*i32", "scales": "*fp16", "partial": "*fp32"}
-            cases.append((packed_matmul._gemm_kernel, awq, gemm))
+            cases += [
+                (packed_matmul._awq_kernel, AWQ, awq_constants(rows, *tile))
+                for rows, tile in packed_matmul.AWQ_TILES.items()
+                if rows != 2
+            ]
+            cases += [
+                (packed_matmul._gemm_kernel, GEMM, gemm_constants(rows))
+                for rows in packed_matmul.GEMM_TILES
+                if rows != 2
+            ]
             for kernel, pointers, constants in cases:
                 code = compile_kernel(kernel, shared | pointers, constants, SIZES, architecture)
                 assert not code.spilled, (architecture, dtype, kernel, constants, code.spilled)
@@ -277,10 +316,10 @@ def test_machine_code_of_a_compiled_step_has_no_matmul_of_another_library(tmp_pa
 def test_every_multiprocessor_gets_programs_at_the_shapes_of_the_8b(num_multiprocessors):
     """Key and value projections have 1,024 outputs, and so too few programs of the largest size."""
     for num_outputs in (1024, 4096, 14336):
-        for most in (8, 4, packed_matmul.AWQ_PAIRS):
+        for most in (8, 4, *(pairs for pairs, _ in packed_matmul.AWQ_TILES.values())):
             count = packed_matmul.outputs_per_program(num_outputs, most, num_multiprocessors)
             assert num_outputs / count >= 2 * num_multiprocessors and (count == most or most % count == 0)
-        parts = packed_matmul.parts_of_inputs(num_outputs // 8, 1, 32, num_multiprocessors)
+        parts = packed_matmul.parts_of_inputs(num_outputs // 8, 32, num_multiprocessors)
         assert num_outputs // 128 * parts >= 2 * num_multiprocessors or parts == 32
 
 

@@ -4,10 +4,10 @@
     python -m tools.quantize DIR --format fp8   --calibration *.png --out DIR-FP8
     python -m tools.quantize DIR --format awq   --calibration *.png --out DIR-AWQ
 
-NVFP4 and FP8 are written as NVIDIA's modelopt 0.47 exports them, byte for byte for the same weights; AWQ as AutoAWQ's
-GEMM. Calibration runs the images through the model: NVFP4 and FP8 need the range of the activations for engines that
-quantise those too, AWQ chooses by them how to spread a layer's error over its inputs, and where to cut off the largest
-weights of a group. The result loads with the same `from_pretrained`, and in vLLM with `--quantization modelopt_fp4`,
+NVFP4 and FP8 are written as NVIDIA's modelopt 0.47 exports them, AWQ as AutoAWQ's GEMM. Calibration runs the images
+through the model: NVFP4 and FP8 need the range of the activations for engines that quantise those too. NVFP4 also
+chooses by them the scale of every block of weights; the rest is byte for byte what modelopt writes. AWQ chooses by them
+how to spread a layer's error over its inputs, and where to cut off the largest weights of a group. The result loads with the same `from_pretrained`, and in vLLM with `--quantization modelopt_fp4`,
 `modelopt` or `awq`.
 
 llm-compressor has an AWQ of its own, but is tied to transformers 5.15-5.17 and writes another layout (version 0.14).
@@ -65,6 +65,8 @@ NEMOTRON_H_GROUPS = (
     (("mixer.up_proj",), "norm"),
     (("mixer.down_proj",), None),  # behind a squared ReLU
 )
+# The scales of a block that are tried, as distances in E4M3 numbers from the one that makes the largest weight 6.
+NVFP4_SCALE_STEPS = range(7)
 AWQ_STEPS = 20
 AWQ_CLIP_STEPS = 10
 AWQ_UNCLIPPED = ()
@@ -74,22 +76,61 @@ NUM_SAMPLE_ROWS = 512
 # --- encoders: weight -> the tensors a checkpoint stores ---
 
 
-def encode_nvfp4(weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Encode as modelopt's `NVFP4QTensor.quantize` does.
+def encode_nvfp4(
+    weight: torch.Tensor, amax: torch.Tensor | None = None, rows: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Encode as modelopt's `NVFP4QTensor.quantize` does, with better scales of the blocks if inputs are given.
 
     Args:
         weight: `(out_features, in_features)`, the latter a multiple of 16.
         amax: largest magnitude of the layers that share a global scale; by default of this one.
+        rows: inputs of the layer, `(num_rows, in_features)`, for `choose_block_scales`.
     """
     amax = weight.abs().amax() if amax is None else amax
     global_scale = _one_if_zero(amax.float() / (E2M1_MAX * E4M3_MAX))
     blocks = weight.unflatten(-1, (-1, NVFP4_BLOCK))
     block_scale = _one_if_zero(blocks.abs().amax(-1).float() / (E2M1_MAX * global_scale))
     block_scale = block_scale.clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn)
+    if rows is not None:
+        block_scale = choose_block_scales(blocks, block_scale, global_scale, rows)
     scaled = (blocks / (block_scale.float() * global_scale).unsqueeze(-1)).flatten(-2)
     codes = encode_e2m1(scaled)
     packed = codes[..., 1::2] << 4 | codes[..., 0::2]
     return {"weight": packed, "weight_scale": block_scale, "weight_scale_2": global_scale}
+
+
+@torch.no_grad()
+def choose_block_scales(
+    blocks: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Find the scale of each block that, once its weights are rounded, gives the least error of its part of the outputs.
+
+    E2M1 numbers are 2 apart near 6 and 0.5 apart near 0, so a larger scale, with which the largest weight is less than
+    6, may round the others better.
+
+    Args:
+        blocks: of the weight, `(out_features, num_blocks, 16)`.
+        scales: those that make the largest weight of a block 6, `(out_features, num_blocks)`, float8_e4m3fn.
+        global_scale: what every scale is multiplied by.
+        rows: inputs of the layer, `(num_rows, 16 * num_blocks)`.
+
+    Returns:
+        scales as they came, but the best of `NVFP4_SCALE_STEPS` for each block.
+    """
+    blocks = blocks.float().transpose(0, 1)  # (num_blocks, out_features, 16)
+    inputs = rows.float().unflatten(1, (-1, NVFP4_BLOCK)).permute(1, 2, 0)  # (num_blocks, 16, num_rows)
+    products = inputs @ inputs.transpose(1, 2)  # the error of an output is a quadratic form in those of its weights
+    first = scales.t().contiguous().view(torch.uint8)
+    largest = torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    best, best_error = first, torch.full(first.shape, float("inf"), device=first.device)
+    for step in NVFP4_SCALE_STEPS:
+        candidate = (first + step).clamp(max=int(largest))  # positive E4M3 numbers have the order of their bytes
+        factors = (candidate.view(torch.float8_e4m3fn).float() * global_scale).unsqueeze(-1)
+        difference = round_to_e2m1(blocks / factors) * factors - blocks
+        error = ((difference @ products) * difference).sum(-1)
+        best = torch.where(error < best_error, candidate, best)
+        best_error = torch.minimum(error, best_error)
+    return best.t().contiguous().view(torch.float8_e4m3fn)
 
 
 def _one_if_zero(scale: torch.Tensor) -> torch.Tensor:
@@ -104,6 +145,13 @@ def encode_e2m1(values: torch.Tensor) -> torch.Tensor:
     codes = torch.searchsorted(bounds, values.abs()).to(torch.uint8)  # a tie goes to the lower code
     tie_upwards = torch.isin(values.abs(), bounds[1::2])
     return (values < 0).to(torch.uint8) << 3 | codes + tie_upwards.to(torch.uint8)
+
+
+def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Return the numbers that the codes of `encode_e2m1` mean, faster than through the codes."""
+    magnitudes = values.abs()
+    spacing = 0.5 * (1 + (magnitudes >= 2) + 2 * (magnitudes >= 4))
+    return (torch.round(magnitudes / spacing) * spacing).clamp(max=E2M1_MAX).copysign(values)
 
 
 def encode_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -359,7 +407,7 @@ def quantize_model(
     Args:
         model: a model of the family in full precision.
         format_name: "nvfp4", "fp8" or "awq".
-        statistics: of `calibrate`; without them there is no `input_scale`, and AWQ is plain rounding.
+        statistics: of `calibrate`; without them there is no `input_scale`, and NVFP4 and AWQ are plain rounding.
         group_size: inputs that share a scale, AWQ only.
         keep: layers to leave alone, by the last part of their names; with one of them its whole group.
 
@@ -379,9 +427,10 @@ def quantize_model(
             for name in names:
                 layer = block.get_submodule(name)
                 weight = layer.weight
+                rows = statistics[f"{block_name}.{name}"].rows if statistics else None
                 if statistics and format_name == "awq" and name not in AWQ_UNCLIPPED:
-                    weight = clip_for_awq(weight, statistics[f"{block_name}.{name}"].rows, group_size)
-                tensors = encode(weight, format_name, amax, group_size)
+                    weight = clip_for_awq(weight, rows, group_size)
+                tensors = encode(weight, format_name, amax, group_size, rows)
                 if statistics and format_name != "awq":
                     # The group has one input, hence one scale.
                     divisor = E4M3_MAX * (E2M1_MAX if format_name == "nvfp4" else 1)
@@ -408,9 +457,11 @@ def _check_divisible(model: nn.Module, format_name: str, group_size: int, keep: 
                 )
 
 
-def encode(weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int) -> dict[str, torch.Tensor]:
+def encode(
+    weight: torch.Tensor, format_name: str, amax: torch.Tensor, group_size: int, rows: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     if format_name == "nvfp4":
-        return encode_nvfp4(weight, amax)
+        return encode_nvfp4(weight, amax, rows)
     return encode_fp8(weight) if format_name == "fp8" else encode_awq_gemm(weight, group_size)
 
 

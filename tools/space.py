@@ -76,8 +76,9 @@ def write_space(directory: Path, checkpoint: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".*")
     name = checkpoint.name if checkpoint.name not in FOLDERS else f"{checkpoint.name}-checkpoint"
     shutil.copytree(checkpoint, code / name, ignore=ignored)
-    for file in [*sorted(ROOT.glob("*.py")), ROOT / "LICENSE"]:
-        if file.exists():  # an installed package keeps its licence elsewhere
+    # transformers 4.57 looks for a processor's class above the checkpoint, in the published configs, as in a clone.
+    for pattern in ("*.py", "*.json", "*.jinja", "LICENSE"):
+        for file in ROOT.glob(pattern):
             shutil.copy(file, code)
     for folder in FOLDERS[:2]:
         shutil.copytree(ROOT / folder, code / folder, ignore=ignored)
