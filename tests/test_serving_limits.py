@@ -274,7 +274,11 @@ def test_large_and_broken_bodies_are_refused(tiny):
         with pytest.raises(openai.APIStatusError, match="more than 1,000 bytes") as caught:
             ask(client, user="x" * 1000)
         assert caught.value.status_code == 413
-        chunked = HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked") + b"400\r\n" + b"x" * 1024
+        chunked = (
+            HEAD.replace(b"Content-Length: %d", b"Connection: close\r\nTransfer-Encoding: chunked")
+            + b"400\r\n"
+            + b"x" * 1024
+        )
         assert raw(client, chunked).startswith(b"HTTP/1.1 413")
         for body in (b"", b"{", b"[1]", b"\xff", b"null", b"[" * 900):
             connection = http.client.HTTPConnection(*place_of(client))
