@@ -18,12 +18,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .completions import Completion
-from .engine import Busy, Engine, Job
+from .engine import MISTAKES, Busy, Engine, Job
 from .media import MediaLimits, shown
 from .requests import ChatRequest
 from .responses import ModelResponse, chat_request
 
-MISTAKES = (ValueError, TypeError, ImportError)  # a package that the server lacks is no use of trying again
 GONE = 499  # what servers log for a client that has gone; nobody gets it
 
 

@@ -30,8 +30,12 @@ from .writing import LogProbabilities, Penalties, Piece, Writer, check_tokenizer
 
 logger = logging.getLogger("uvicorn.error")
 
+# What bad requests raise. A package that the server lacks is one, too: to try again is of no use.
+MISTAKES = (ValueError, TypeError, ImportError, RecursionError)
 # The length of an answer if neither the request nor the checkpoint says one; as of chat().
 DEFAULT_MAX_TOKENS = 1024
+LEAST_TEMPERATURE = 1e-5  # below, sampling is greedy decoding, and numbers overflow
+STOP_SECONDS = 10.0  # in which the step of an answer ends
 PROMPT_END = 16  # tokens in which an opened block of reasoning would show
 LIBRARY_TOP_K = (None, 50)  # of transformers: 50 tokens to sample from, unless a checkpoint says otherwise
 
@@ -200,6 +204,8 @@ class Engine:
         """End both threads, and the answer that is being written."""
         self._is_stopping = True
         self._arrived.put(None)
+        for thread in self._threads:
+            thread.join(STOP_SECONDS)
 
     def _is_over(self, job: Job) -> bool:
         return job.is_closed or self._is_stopping or time.monotonic() > job.deadline
@@ -212,6 +218,8 @@ class Engine:
                 try:
                     self._prepared.put((job, self._prepare(job.request)))
                 except Exception as error:  # of one request, whatever it is; the next may do
+                    if not isinstance(error, MISTAKES):
+                        logger.exception("A request could not be prepared.")
                     job.post(error)
         self._prepared.put(None)
 
@@ -256,7 +264,8 @@ class Engine:
         schema = request.schema
         if len(request.forced_tools) == 1:
             schema = request.forced_tools[0]["function"].get("parameters")
-        parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+        contents = [message.get("content") for message in messages]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
         images = [part["image"] for part in parts if part["type"] == "image"]
         if not (images and schema and resolved(schema, schema).get("properties")):
             return None
@@ -291,7 +300,7 @@ class Engine:
             options.pad_token_id = self._ends[0]
         if request.logit_bias:
             options.sequence_bias = {(token,): bias for token, bias in request.logit_bias.items()}
-        if request.temperature == 0:
+        if request.temperature is not None and request.temperature < LEAST_TEMPERATURE:
             options.do_sample = False
         elif request.temperature is not None or request.top_p is not None:
             options.do_sample = True
@@ -305,6 +314,10 @@ class Engine:
     # --- the second thread ---
 
     def _generate_all(self) -> None:
+        try:
+            self.model.compile_in_this_thread()
+        except RuntimeError as error:  # whoever made this engine has generated with the model before
+            logger.warning("Answers go without the compiled step. %s", error)
         while (held := self._prepared.get()) is not None:
             job, prepared = held
             begin = time.monotonic()

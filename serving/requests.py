@@ -215,7 +215,8 @@ def _tools(tools: Any, choice: Any) -> tuple[list[dict[str, Any]], list[dict[str
         return [], []
     if choice == "auto":
         return functions, []
-    named = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    function = choice.get("function") if isinstance(choice, dict) else None
+    named = function.get("name") if isinstance(function, dict) else None
     forced = [tool for tool in functions if choice == "required" or tool["function"]["name"] == named]
     if not forced:
         names = ", ".join(tool["function"]["name"] for tool in functions) or "none"

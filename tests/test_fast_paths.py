@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from tests.processes import run
 from tests.prompts import ONE, WIDE, encode
+from tests.served import served
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
@@ -360,6 +361,20 @@ def test_a_lasting_thread_may_own_the_graphs(fresh, model, processor, batch):
             fresh.compile_in_this_thread()
     fresh.compile_in_this_thread()  # the thread of the server has ended
     assert caches_of(fresh, lambda: fresh.generate(**batch, **GREEDY)) == ["StaticCache"]
+
+
+def test_the_server_answers_with_a_static_cache(fresh, processor):
+    answers = []
+
+    def ask_twice():
+        with served(fresh, processor) as client:
+            for _ in range(2):
+                messages = [{"role": "user", "content": "What?"}]
+                answer = client.chat.completions.create(model="nano", messages=messages, max_tokens=8)
+                answers.append(answer.choices[0].message.content)
+
+    assert caches_of(fresh, ask_twice) == ["StaticCache"]
+    assert answers == [fresh.chat(processor, None, "What?", GREEDY)] * 2
 
 
 def test_streams_at_once_and_within_each_other_wait_for_none(fresh, model, processor):

@@ -296,9 +296,9 @@ def test_our_server_gives_the_same_text(nano, folder, tmp_path):
         (sure,), (expected,) = (read(RECEIPT, engine, ask=TOTAL, confidence=True) for engine in (there, alone))
         assert (sure["answer"], sure["tokens"]) == (expected["answer"], expected["tokens"])
         assert sure["confidence"] == pytest.approx(expected["confidence"], rel=1e-4)
-        schema = {"type": "object", "properties": {"total": {"type": "number"}, "iban": {"type": "string"}}}
+        schema = {"type": "object", "properties": {"total": {"type": "number"}, "date": {"type": "string"}}}
         (row,), (expected,) = (read(RECEIPT, engine, schema=schema) for engine in (there, alone))
-        assert row["fields"] == expected["fields"] == {"total": 72.13}
+        assert row["fields"] == expected["fields"] and row["fields"]["total"] == 72.13
         done = call(folder, "--out", tmp_path / "out", "--server", url, "--ask", TOTAL, "--max-num-tiles", "1")
         assert done.returncode == 0, done.stderr
         (row,) = read(RECEIPT, Server(ChatServer(url, NANO, "nano")), max_new_tokens=5)

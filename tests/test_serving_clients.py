@@ -71,16 +71,6 @@ def test_langchain_streams_and_counts(client, question):
     assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == 6
 
 
-def test_a_flat_directory_is_served(tiny_checkpoint, tmp_path):
-    for tiny in serve(tiny_checkpoint, tmp_path / "log.txt"):
-        (model,) = tiny.models.list()
-        assert model.id == tiny_checkpoint.name
-        completion = tiny.chat.completions.create(
-            model=model.id, messages=[user(image_part(Image.new("RGB", (60, 40))), "Hi")], max_tokens=3
-        )
-        assert completion.usage.completion_tokens <= 3
-
-
 def test_the_12b_v2_is_served_reasons_and_calls(tiny_v2_checkpoint, tmp_path):
     _, processor = load(tiny_v2_checkpoint)
     messages = [user(image_part(Image.new("RGB", (60, 40))), "Hi")]

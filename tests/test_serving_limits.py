@@ -292,6 +292,40 @@ def test_bodies_that_arrive_at_once_share_a_limit(tiny):
 
 # --- failures ---
 
+HOSTILE: list[Any] = [True, 0, -1, 1.5, 1e-320, 2**70, "", "x", [], [1], [None], [[]], {}, {"a": 1}, {"type": "x"}]
+HOSTILE += [{"type": "function", "function": "x"}, {"type": "json_schema", "json_schema": []}, "\ud800", "auto"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["chat/completions", "responses"])
+def test_no_value_of_a_field_makes_the_server_fail(tiny, route):
+    from nemotron_vl.serving import requests, responses
+
+    is_chat = route != "responses"
+    fields = requests.HONOURED | requests.IGNORED if is_chat else responses.HONOURED | responses.IGNORED
+    plain = {"messages": HELLO, "max_tokens": 1} if is_chat else {"input": "Hello", "max_output_tokens": 1}
+    bodies = [{**plain, field: value} for field in sorted(fields) for value in HOSTILE]
+    part: dict[str, Any] = {"type": "text" if is_chat else "input_text", "text": "Hello"}
+    message: dict[str, Any] = {"role": "user", "content": [part]}
+    messages = [{**message, name: value} for name in ("role", "content", "tool_calls", "type") for value in HOSTILE]
+    messages += [{**message, "content": [{**part, name: value}]} for name in ("type", "text") for value in HOSTILE]
+    for kind in ("image_url", "video_url", "file", "input_image", "input_file"):
+        messages += [{"role": "user", "content": [{"type": kind, kind: value}]} for value in HOSTILE]
+    bodies += [{**plain, "messages" if is_chat else "input": [one]} for one in messages]
+    bodies += [{**plain, "messages" if is_chat else "input": [{"role": "assistant", "tool_calls": []}]}]
+    statuses = []
+    with served(*tiny) as client:
+        connection = http.client.HTTPConnection(*place_of(client))
+        for body in bodies:
+            connection.request("POST", f"/v1/{route}", json.dumps(body))
+            response = connection.getresponse()
+            answer = response.read().decode()
+            assert response.status in (200, 400, 404), (body, answer)
+            statuses.append(response.status)
+        connection.close()
+        assert ask(client).choices
+    assert statuses.count(200) > 50 and statuses.count(400) > 200
+
 
 def test_a_failure_of_one_answer_is_told_and_the_next_is_given(tiny, steps):
     steps.go.set()

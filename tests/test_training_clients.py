@@ -467,5 +467,7 @@ def test_qlora_trains_on_a_4_bit_language_model(tiny_checkpoint, batch, tmp_path
     assert losses[-1] < losses[0] - 0.3
     model.save_pretrained(tmp_path)
     fresh = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint, quantization_config=packed)
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
-    torch.testing.assert_close(again(**batch).loss, model.eval()(**batch).loss, rtol=1e-3, atol=1e-3)
+    # In training mode, which drops nothing here: for inference on a CPU with AVX-512 for bfloat16, bitsandbytes 0.50.2
+    # packs only rows of whole blocks of 64 values, and the tiny checkpoint has some of 96.
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path).train()
+    torch.testing.assert_close(again(**batch).loss, model(**batch).loss, rtol=1e-3, atol=1e-3)
