@@ -155,6 +155,8 @@ def autoawq(model: nn.Module, calibration: torch.Tensor) -> None:
     vars(searches).update(w_bit=4, group_size=GROUP_SIZE, zero_point=True, duo_scaling=True, max_chunk_memory=2**30)
     searches.n_parallel_calib_samples = None
     for _, block in quantize.blocks_of(model):
+        for module in block.modules():  # it restores weights from `state_dict`, which on a CPU is no copy
+            module.register_state_dict_post_hook(copy_state)
         searches._compute_best_clip = partial(AwqQuantizer._compute_best_clip, searches, n_sample_token=128)
         inputs, options = inputs_of(model, block, calibration)
         scales = [
@@ -164,6 +166,11 @@ def autoawq(model: nn.Module, calibration: torch.Tensor) -> None:
         apply_scale(block, scales, input_feat_dict=inputs)
         apply_clip(block, searches._search_best_clip(block, dict(quantize.linears_of(block)), inputs))
     round_weights(model, calibration, lambda weight: searches.pseudo_quantize_tensor(weight)[0])
+
+
+def copy_state(_: nn.Module, state: dict[str, Any], prefix: str, __: dict[str, Any]) -> None:
+    """Copy the tensors of a `state_dict`, as a hook of it."""
+    state.update({name: value.clone() for name, value in state.items() if name.startswith(prefix)})
 
 
 @torch.no_grad()
