@@ -13,7 +13,7 @@ from pretraining.cells import cells_of
 from pretraining.tower import sample_tiles
 from tools.legibility import type_height, warning
 
-PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(tiling=Tiling(max_num_tiles=2, use_thumbnail=False)))
+TILING = Tiling(max_num_tiles=2, use_thumbnail=False)
 
 
 def model(limits) -> SimpleNamespace:
@@ -38,11 +38,11 @@ def test_light_type_on_dark_paper_is_seen_as_well():
 
 def test_an_empty_page_has_no_type():
     assert type_height(torch.ones(1, 3, 512, 512)) is None
-    assert "printed pages only" in warning(model([15, 70]), PROCESSOR, Image.new("RGB", (300, 400), "white"))
+    assert "printed pages only" in warning(model([15, 70]), TILING, Image.new("RGB", (300, 400), "white"))
 
 
 def test_small_type_is_named_with_what_to_do():
-    note = warning(model([200, 300]), PROCESSOR, page_image(1))
+    note = warning(model([200, 300]), TILING, page_image(1))
     assert "too small for this model, which reads 200 to 300 px" in note and "Cut out less" in note
 
 
@@ -50,10 +50,10 @@ def test_large_type_is_named():
     setting = set_page(make_page(1, kind="receipt"), 1, look=Look(tilted=0, photographed=0))
     image = draw(setting, 1, degradation=0)
     height = cells_of(setting, 2).type_height
-    note = warning(model([2, height / 3]), PROCESSOR, image)
+    note = warning(model([2, height / 3]), TILING, image)
     assert "too large" in note and "Cut out more" in note
 
 
 def test_readable_pages_and_models_without_limits_get_no_note():
-    assert warning(model([15, 70]), PROCESSOR, page_image(2)) is None
-    assert warning(model(None), PROCESSOR, Image.new("RGB", (300, 400))) is None
+    assert warning(model([15, 70]), TILING, page_image(2)) is None
+    assert warning(model(None), TILING, Image.new("RGB", (300, 400))) is None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemotron_vl.image_processing import count_tiles, page_tiling, render_page, select_tile_grid
+from nemotron_vl.image_processing import Tiling, count_tiles, page_tiling, render_page, select_tile_grid
 from nemotron_vl.pictures import is_page, open_document
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor, TextStreamer
@@ -68,7 +68,7 @@ def load(directory: Path, **options: Any) -> tuple[Any, Any]:
 
 def draw_tiles(image_processor: Any, image: Any, max_num_tiles: int | None = None) -> Image.Image:
     """Return an image, or a page of a document, with the borders of its tiles and their numbers drawn over it."""
-    image, tiling = _drawn(image_processor, image, max_num_tiles)
+    image, tiling = drawn(image_processor, image, max_num_tiles)
     rows, columns = select_tile_grid(image.height, image.width, tiling)
     grid = Image.new("RGBA", image.size)
     canvas = ImageDraw.Draw(grid)
@@ -83,7 +83,7 @@ def draw_tiles(image_processor: Any, image: Any, max_num_tiles: int | None = Non
     return Image.alpha_composite(image.convert("RGBA"), grid).convert("RGB")
 
 
-def _drawn(image_processor: Any, image: Any, max_num_tiles: int | None) -> tuple[Image.Image, Any]:
+def drawn(image_processor: Any, image: Any, max_num_tiles: int | None) -> tuple[Image.Image, Tiling]:
     """Return an image, or that of a page of a document, and how it is cut into tiles."""
     tiling = image_processor.tiling
     tiling = tiling if max_num_tiles is None else replace(tiling, max_num_tiles=max_num_tiles)
@@ -92,7 +92,7 @@ def _drawn(image_processor: Any, image: Any, max_num_tiles: int | None) -> tuple
 
 def describe(processor: Any, image: Any, max_num_tiles: int | None = None) -> str:
     """Say in one line how an image, or a page of a document, is cut into tiles and how many tokens it costs."""
-    image, tiling = _drawn(processor.image_processor, image, max_num_tiles)
+    image, tiling = drawn(processor.image_processor, image, max_num_tiles)
     rows, columns = select_tile_grid(image.height, image.width, tiling)
     num_tiles = count_tiles(image.height, image.width, tiling)
     num_tokens = processor.tokens_per_tile * num_tiles + 2
@@ -180,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         for page in document:
             name = f"{path}, page {page.number}" if document.num_pages > 1 else path
             print(f"{name}: {describe(processor, page, max_num_tiles)}")
-            if note := warning(model, processor, _drawn(processor.image_processor, page, max_num_tiles)[0]):
+            image, tiling = drawn(processor.image_processor, page, max_num_tiles)
+            if note := warning(model, tiling, image):
                 print(f"{name}: {note}")
     if arguments.tiles and pages:
         draw_tiles(processor.image_processor, pages[0], max_num_tiles).save(arguments.tiles)

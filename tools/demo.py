@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemotron_vl.image_processing import render_page
-from nemotron_vl.pictures import is_page, open_document
+from nemotron_vl.pictures import open_document
 
 from . import ROOT
-from .chat import Conversation, describe, draw_tiles, load
+from .chat import Conversation, describe, draw_tiles, drawn, load
 from .command_line import command_parser
 from .legibility import warning
 from .threads import choose_threads
@@ -29,8 +28,8 @@ def run(checkpoint: Path, image: Any, tiles: Path, max_num_tiles: int | None = N
     model, processor = load(checkpoint)
     choose_threads(model)
     print(f"Image:    {describe(processor, image, max_num_tiles)}")
-    drawn = render_page(image, processor.image_processor.tiling) if is_page(image) else image
-    if note := warning(model, processor, drawn):
+    page, tiling = drawn(processor.image_processor, image, max_num_tiles)
+    if note := warning(model, tiling, page):
         print(f"Note:     {note}")
     try:
         draw_tiles(processor.image_processor, image, max_num_tiles).save(tiles)

@@ -1,27 +1,31 @@
 """How large the type of an image is in its tiles, so that a command can say when it is outside what a model has learned.
 
-nano reads type of some heights only, unlike the released models; its config names them as `readable_type_height`.
+A small model reads type of some heights only; its config names them as `readable_type_height`.
 """
 
 from typing import Any
 
 import torch
-from nemotron_vl.image_processing import cut_tiles
+from nemotron_vl.image_processing import Tiling, cut_tiles
 from PIL import Image
 
 BAND = 64  # px; a page tilted by two degrees shifts its lines by two pixels across a band
 SIZE_OF_INK = 1.3  # size of type by the height of the ink of its lines, which seldom has all of it
 
 
-def warning(model: Any, processor: Any, image: Image.Image) -> str | None:
+def warning(model: Any, tiling: Tiling, image: Image.Image) -> str | None:
     """Return a sentence if the type of an image is smaller or larger than the model has learned to read, else None.
 
-    Only the config of a model that names its limits, as nano's does, gives cause to it.
+    There is one only for a model whose config names its limits (`readable_type_height`).
+
+    Args:
+        model: that will read the image.
+        tiling: how the image is cut for it.
+        image: a page.
     """
     limits = getattr(model.config, "readable_type_height", None)
     if limits is None:
         return None
-    tiling = processor.image_processor.tiling
     height = type_height(torch.stack(cut_tiles(image.convert("RGB"), tiling, use_thumbnail=False)).float() / 255)
     if height is None:
         return "No lines of type are seen on this image; this model reads printed pages only."

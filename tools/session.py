@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from nemotron_vl.chat import DEFAULT_MAX_NEW_TOKENS as MAX_NEW_TOKENS
 from nemotron_vl.image_processing import count_tiles, render_page
 from nemotron_vl.pictures import open_document
 from nemotron_vl.reading.boxes import draw_boxes, parse_boxes
@@ -24,11 +24,10 @@ from nemotron_vl.reading.inputs import file_digest
 from PIL import Image
 from transformers import StoppingCriteria
 
-from .chat import QUESTION_TOKENS, describe, draw_tiles
+from .chat import QUESTION_TOKENS, describe, draw_tiles, drawn
 from .command_line import sentence_of
 from .legibility import warning
 
-MAX_NEW_TOKENS = 1024
 # What a document, a question or a full memory raises; CUDA's and PDFium's errors are RuntimeErrors.
 PROBLEMS = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
 PAGE, TILES, BOXES = VIEWS = ("Page", "Tiles", "Boxes")
@@ -237,8 +236,8 @@ class Session:
                 f"{len(self._tokens)} of {self.document.num_pages} pages fit into a question with up to "
                 f"{self.max_num_tiles} tiles each. Choose others, or fewer tiles."
             )
-        cutting = SimpleNamespace(image_processor=SimpleNamespace(tiling=self._tiling))
-        if note := warning(self.reader.model, cutting, self.picture(index, PAGE)):
+        image, tiling = drawn(self.reader.processor.image_processor, self.document[index], self.max_num_tiles)
+        if note := warning(self.reader.model, tiling, image):
             notes.append(note)
         return notes
 
