@@ -214,12 +214,12 @@ def _named_file(text: str) -> str | bytes:
     if not text.startswith("data:") and os.path.isfile(text):
         return text
     try:
-        return _base64_bytes(text)
+        return base64_bytes(text)
     except ValueError as error:
         raise ValueError("it is neither an existing file nor base64 text") from error
 
 
-def _base64_bytes(text: str) -> bytes:
+def base64_bytes(text: str) -> bytes:
     """The bytes of a `data:` URL or of base64 text."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     return base64.b64decode("".join(encoded.split()), validate=True)
@@ -523,7 +523,7 @@ def document_of_part(part: dict[str, Any]) -> Document:
         )
     if part["type"] == "file" and isinstance(source, str):
         try:
-            source = _base64_bytes(source)
+            source = base64_bytes(source)
         except ValueError as error:
             raise ValueError(
                 f"file_data must be a URL like 'data:application/pdf;base64,...', got {_shown(source)}. The document part "

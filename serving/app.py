@@ -254,11 +254,11 @@ async def _gone(request: Request) -> None:
 def make_app(
     directory: Path,
     *,
-    api_keys: Sequence[str] = (),
-    limits: ServerLimits | None = None,
-    media: MediaLimits | None = None,
-    max_queue: int = 64,
-    max_seconds: float = 600.0,
+    api_keys: Sequence[str],
+    limits: ServerLimits,
+    media: MediaLimits,
+    max_queue: int,
+    max_seconds: float,
     **options: Any,
 ) -> Starlette:
     """Load a checkpoint directory and return the application that serves it, under the name of the directory.
@@ -271,5 +271,5 @@ def make_app(
     """
     model, processor = load(directory, **options)
     choose_threads(model)
-    engine = Engine(model, processor, media or MediaLimits(), max_queue, max_seconds)
-    return Server(engine, directory.resolve().name, api_keys, limits or ServerLimits()).app()
+    engine = Engine(model, processor, media, max_queue, max_seconds)
+    return Server(engine, directory.resolve().name, api_keys, limits).app()

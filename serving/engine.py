@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nemotron_vl.chat import DEFAULT_MAX_NEW_TOKENS
 from nemotron_vl.reading.extraction import ExtractionError, extract
 from nemotron_vl.reading.grammar import Grammar, grammar_tokenizer
 from nemotron_vl.reading.schema import Fields, resolved
@@ -32,8 +33,6 @@ logger = logging.getLogger("uvicorn.error")
 
 # What bad requests raise. A package that the server lacks is one, too: to try again is of no use.
 MISTAKES = (ValueError, TypeError, ImportError, RecursionError)
-# The length of an answer if neither the request nor the checkpoint says one; as of chat().
-DEFAULT_MAX_TOKENS = 1024
 LEAST_TEMPERATURE = 1e-5  # below, sampling is greedy decoding, and numbers overflow
 STOP_SECONDS = 10.0  # in which the step of an answer ends
 PROMPT_END = 16  # tokens in which an opened block of reasoning would show
@@ -290,7 +289,7 @@ class Engine:
                 "fewer or smaller images, a shorter text, or drop old turns; chat_template_kwargs={'max_num_tiles': 4} "
                 "makes images cheaper, and {'num_frames': 8} videos."
             )
-        wanted = wanted or self.model.generation_config.max_new_tokens or DEFAULT_MAX_TOKENS
+        wanted = wanted or self.model.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         return min(wanted, window - num_tokens)
 
     def _options(self, request: ChatRequest, limit: int) -> GenerationConfig:

@@ -1,13 +1,12 @@
 """The images, files and videos of a request: decoded, held to limits, and handed on as the processor takes them."""
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_vl.pictures import DECODING_ERRORS, open_document
+from nemotron_vl.pictures import DECODING_ERRORS, base64_bytes, open_document
 from PIL import Image
 
 EXAMPLES = {"image_url": "image/png", "video_url": "video/mp4", "file_data": "application/pdf"}
@@ -134,7 +133,7 @@ def _count(counts: Counter[str], what: str, number: int, limit: int) -> None:
 
 def _decoded(name: str, url: str, limits: MediaLimits) -> bytes:
     try:
-        data = base64.b64decode("".join(url.partition(",")[2].split()), validate=True)
+        data = base64_bytes(url)
     except ValueError as error:
         raise ValueError(f"{name} {shown(url)} cannot be used: it is no base64 text ({error}).") from error
     if len(data) > limits.max_file_bytes:

@@ -11,18 +11,12 @@ from typing import Any
 from .calls import Call
 from .engine import Begun, Ended, Job
 from .media import shown
-from .requests import ChatRequest, check_numbers, check_unused
+from .requests import IGNORED, ChatRequest, check_numbers, check_unused
 
 HONOURED = frozenset(
     (
         "chat_template_kwargs", "include", "input", "instructions", "max_output_tokens", "model", "seed", "stream",
         "temperature", "text", "tool_choice", "tools", "top_logprobs", "top_p",
-    )
-)  # fmt: skip
-IGNORED = frozenset(
-    (
-        "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "safety_identifier", "service_tier", "store", "stream_options", "user",
     )
 )  # fmt: skip
 NEUTRAL_VALUES: dict[str, Any] = {"background": False, "truncation": "disabled", "reasoning": {}}
@@ -38,7 +32,7 @@ def chat_request(body: dict[str, Any]) -> ChatRequest:
         ValueError: with the name of the field, what came and what is possible.
     """
     body = {name: value for name, value in body.items() if value is not None}
-    check_unused(body, HONOURED | IGNORED, NEUTRAL_VALUES)
+    check_unused(body, HONOURED | IGNORED | {"stream_options"}, NEUTRAL_VALUES)
     check_numbers(body, {"max_output_tokens": (int, 1, 2**63)})
     chat = {name: body[name] for name in SHARED if name in body}
     chat |= {"messages": _messages(body.get("input"), body.get("instructions")), **_format(body.get("text", {}))}
@@ -141,11 +135,23 @@ class ModelResponse:
         self._number = -1
         request = job.request
         self._response: dict[str, Any] = {
-            **{"id": _id("resp"), "object": "response", "created_at": int(time.time()), "model": model},
-            **{"status": "in_progress", "error": None, "incomplete_details": None, "output": [], "usage": None},
-            **{"tools": [{**tool["function"], "type": "function"} for tool in request.tools], "tool_choice": "auto"},
-            **{"temperature": request.temperature, "top_p": request.top_p, "max_output_tokens": request.max_tokens},
-            **{"parallel_tool_calls": True, "instructions": None, "metadata": {}},
+            "id": _id("resp"),
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": model,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "output": [],
+            "usage": None,
+            "instructions": None,
+            "max_output_tokens": request.max_tokens,
+            "metadata": {},
+            "parallel_tool_calls": True,
+            "temperature": request.temperature,
+            "tool_choice": "auto",
+            "tools": [{**tool["function"], "type": "function"} for tool in request.tools],
+            "top_p": request.top_p,
         }
 
     async def whole(self) -> dict[str, Any]:
@@ -184,7 +190,9 @@ class ModelResponse:
             "status": "completed" if is_whole else "incomplete",
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "usage": {
-                **{"input_tokens": prompt, "output_tokens": answer, "total_tokens": prompt + answer},
+                "input_tokens": prompt,
+                "output_tokens": answer,
+                "total_tokens": prompt + answer,
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens_details": {"reasoning_tokens": 0},
             },
