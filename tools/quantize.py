@@ -7,8 +7,8 @@
 NVFP4 and FP8 are written as NVIDIA's modelopt 0.47 exports them, AWQ as AutoAWQ's GEMM. Calibration runs the images
 through the model: NVFP4 and FP8 need the range of the activations for engines that quantise those too. NVFP4 also
 chooses by them the scale of every block of weights; the rest is byte for byte what modelopt writes. AWQ chooses by them
-how to spread a layer's error over its inputs, and where to cut off the largest weights of a group. The result loads with the same `from_pretrained`, and in vLLM with `--quantization modelopt_fp4`,
-`modelopt` or `awq`.
+how to spread a layer's error over its inputs, and where to cut off the largest weights of a group. The result loads
+with the same `from_pretrained`, and in vLLM with `--quantization modelopt_fp4`, `modelopt` or `awq`.
 
 llm-compressor has an AWQ of its own, but is tied to transformers 5.15-5.17 and writes another layout (version 0.14).
 """
