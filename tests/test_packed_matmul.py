@@ -1,5 +1,6 @@
 """The kernels for packed weights against the layer that unpacks; where they run, see kernel_runs.py."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from tests.conftest import golden_parameters
 from tests.kernel_runs import DEVICE, INTERPRETED, needs_kernels
+from tools.quantize import quantize_model
 
 pytestmark = pytest.mark.usefixtures("kernels_on_this_device")
 # Of the largest output: one rounding. The interpreter cuts off bits in a cast to bfloat16, GPUs round.
@@ -21,8 +23,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2 if INTERPRETED else 8e-3,
 
 
 def checkpoints_with_kernels(folder: Path) -> list[str]:
-    names = ("checkpoint_nvfp4", "checkpoint_fp8", "checkpoint_awq")
-    return [name for name in names if (folder / name).is_dir()]
+    names = [name for name in ("checkpoint_nvfp4", "checkpoint_fp8") if (folder / name).is_dir()]
+    config = folder / "checkpoint_awq" / "config.json"
+    if config.exists():
+        stored = json.loads(config.read_text(encoding="utf-8"))["quantization_config"]
+        names += ["checkpoint_awq"] * (stored["group_size"] in packed_matmul.AWQ_GROUPS)
+    return names
 
 
 def random_bytes(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -176,7 +182,19 @@ def test_all_codes_mean_what_the_format_says():
 @needs_kernels
 @pytest.mark.parametrize("checkpoint", golden_parameters("8b-v1", checkpoints_with_kernels))
 def test_generation_with_kernels_gives_the_tokens_without(golden_8b, monkeypatch, checkpoint):
-    model = Llama_Nemotron_Nano_VL.from_pretrained(golden_8b / checkpoint).eval().to(DEVICE)
+    check_generation(golden_8b / checkpoint, monkeypatch)
+
+
+@needs_kernels
+def test_generation_with_the_kernel_of_awq_gives_the_tokens_without(tiny_checkpoint, tmp_path, monkeypatch):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(tiny_checkpoint)
+    quantize_model(model, "awq", group_size=32)
+    model.save_pretrained(tmp_path)
+    check_generation(tmp_path, monkeypatch)
+
+
+def check_generation(checkpoint, monkeypatch):
+    model = Llama_Nemotron_Nano_VL.from_pretrained(checkpoint).eval().to(DEVICE)
     ids = torch.arange(3, 20, device=DEVICE)[None]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     options["disable_compile"] = True
