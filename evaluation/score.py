@@ -357,6 +357,7 @@ def score(arguments: argparse.Namespace) -> int:
             if not rank:
                 begin(out, report)
         runs = [attempt(model, out, arguments, task, style) for task in arguments.tasks for style in arguments.styles]
+    leave_the_others()
     if rank:
         return 0
     report["runs"] = runs
@@ -435,6 +436,14 @@ def title_of(report: dict[str, Any]) -> str:
 def processes() -> tuple[int, int]:
     """Return the rank of this process and the number of processes, as `accelerate launch` and `torchrun` say them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave_the_others() -> None:
+    """End what connects this process with the others: one that exits before them may be aborted otherwise."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def attempt(model: Any, out: Path, arguments: argparse.Namespace, task: str, style: str) -> dict[str, Any]:
