@@ -207,6 +207,21 @@ class CellLanguageModel(nn.Module):
         return self.language_model.lm_head(hidden_states[:, :-1][wanted]), labels[wanted]
 
 
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, end_of_answer: int, first_weight: float) -> torch.Tensor:
+    """Return the cross-entropy of answers; the first token of each, which tells whether its place was found, may count more.
+
+    Args:
+        logits: `(num_labels, vocab_size)`.
+        labels: `(num_labels,)`, answer after answer.
+        end_of_answer: the token that ends each answer.
+        first_weight: of the first tokens, relative to the others.
+    """
+    is_first = torch.cat([labels.new_ones(1, dtype=torch.bool), labels[:-1] == end_of_answer])
+    weights = 1 + (first_weight - 1) * is_first
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    return (weights * losses).sum() / weights.sum()
+
+
 def freeze_cells(model: CellLanguageModel, encoder: Encoder) -> None:
     """Freeze what the tower imitates: the cell embedding with the embeddings of glyphs; those of words still learn."""
     model.cell_embedding.requires_grad_(False)
@@ -260,6 +275,10 @@ def add_mixture_options(parser: argparse.ArgumentParser, **defaults: float) -> N
     parser.add_argument("--tilted", type=share, default=0.3, help="share of tilted documents")
     parser.add_argument("--jitter", type=float, default=0.03, help="of the places of characters, in visual tokens")
     parser.add_argument("--pairs", type=share, default=0.05, help="share of comparisons of two documents")
+    parser.add_argument(
+        "--transcriptions", type=share, default=0.65, help="share of questioned documents read out too"
+    )
+    parser.add_argument("--first-weight", type=float, default=1.0, help="of the first token of an answer in the loss")
     parser.set_defaults(**defaults)
 
 
@@ -284,7 +303,7 @@ def sample_lesson(seed: int, arguments: argparse.Namespace, densest: float) -> L
             conversation = read_out(seed, "train", page)
         else:
             conversation = ask(seed, "train", page, 9)
-            if rng.random() < 0.65:
+            if rng.random() < arguments.transcriptions:
                 conversation.turns += read_out(seed, "train", page).turns
     look = Look(tilted=arguments.tilted, photographed=arguments.tilted / 2)
     seeds = [2 * seed + index for index in range(len(conversation.documents))]
@@ -366,7 +385,7 @@ def train(
         skip_blank = random.Random(f"skip {run.state['step']}").random() < arguments.skip_blank
         with precision(arguments):
             logits, labels = model(encoder.lessons(pool.pop(), skip_blank), encoder, noise=arguments.noise)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss = answer_loss(logits, labels, encoder.end[0], arguments.first_weight)
         numbers = {"loss": loss.item(), "tokens": (logits.argmax(-1) == labels).float().mean().item()}
         gradient_step(model, loss, optimizers)
         run.record_step(model, numbers)
