@@ -42,7 +42,7 @@ from pretraining.common import (
     share,
 )
 from pretraining.nano import language_config, load_tokenizer
-from pretraining.random_text import copying, looking_up
+from pretraining.random_text import copying, looking_up, understanding
 
 NUM_SLOTS = 6
 NO_GLYPH = -1
@@ -269,6 +269,7 @@ def add_mixture_options(parser: argparse.ArgumentParser, **defaults: float) -> N
     )
     parser.add_argument("--densest", type=float, default=40, help="most columns on them; 10 at first, all after 70 %%")
     parser.add_argument("--lookups", type=share, default=0.5, help="share of them with questions for values")
+    parser.add_argument("--understanding", type=share, default=0.4, help="share of these by names that a label means")
     parser.add_argument("--skip-blank", type=share, default=0.5, help="share of batches without blank visual tokens")
     parser.add_argument("--one-tile", type=share, default=0.0, help="share of pages in one tile, others in more")
     parser.add_argument("--max-num-tiles", type=int, default=2)
@@ -290,6 +291,7 @@ def sample_lesson(seed: int, arguments: argparse.Namespace, densest: float) -> L
         num_lines = rng.randint(2, arguments.exercise_lines)
         columns = rng.randint(6, round(densest))
         make = looking_up if rng.random() < arguments.lookups else copying
+        make = understanding if make is looking_up and rng.random() < arguments.understanding else make
         look = Look(narrowest=(2, 5), tilted=0.0, photographed=0.0)
         return set_lesson(make(seed, num_lines, columns), [seed], "train", look, tiles, arguments.jitter)
     draw = rng.random()
