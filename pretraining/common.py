@@ -95,7 +95,8 @@ def build_optimizers(model: nn.Module, arguments: argparse.Namespace) -> list[to
         torch.optim.AdamW(others, lr=arguments.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=arguments.muon_lr, weight_decay=arguments.weight_decay))
+        dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
+        optimizers.append(Muon(matrices, arguments.muon_lr, weight_decay=arguments.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"], group["lr_decay"] = group["lr"], arguments.lr_decay

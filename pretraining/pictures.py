@@ -41,6 +41,7 @@ from pretraining.reading import (
     CellLanguageModel,
     Lesson,
     add_mixture_options,
+    answer_loss,
     heldout_lesson,
     new_tokenizer,
     sample_batches,
@@ -95,13 +96,15 @@ def classes_of(lessons: list[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def measure(nano: Nano, encoder: CellEncoder, lessons: list[Lesson], batch_size: int = 4) -> dict[str, float]:
-    """Return the teacher-forced accuracy of answers about held-out images: of tokens, and of whole answers."""
+    """Return the teacher-forced accuracy of answers about held-out images, with attention as it is: of tokens, of whole answers."""
     nano.eval()
+    fast, nano.tower.looks_at_neighbours = nano.tower.looks_at_neighbours, False
     score = Score(encoder.end[0])
     for start in range(0, len(lessons), batch_size):
         chosen = lessons[start : start + batch_size]
         visual_tokens = nano.look(tiles_of(chosen, "heldout"))[0].flatten(0, 1)
         score.add(*nano.language(encoder.lessons(chosen, skip_blank=False), encoder, visual_tokens))
+    nano.tower.looks_at_neighbours = fast
     nano.train()
     return score.shares
 
@@ -145,7 +148,8 @@ def main() -> None:
     tokenizer = new_tokenizer()
     encoder = CellEncoder(tokenizer)
     sizes = sizes_of(arguments)
-    nano = Nano(len(tokenizer), GlyphTower(build_model(tokenizer, arguments.seed, sizes)))
+    model = build_model(tokenizer, arguments.seed, sizes)
+    nano = Nano(len(tokenizer), GlyphTower(model, looks_at_neighbours=not arguments.free_attention))
     run = Run(arguments.output, arguments.minutes, time.process_time)
     if not run.resume(nano):
         load_weights(nano.language, arguments.language / "model.safetensors", "language.")
@@ -196,10 +200,10 @@ def train(
             numbers["glyphs"] = accuracy(token_logits, tokens)
             if not arguments.freeze_tower:
                 loss = GLYPH_LOSS_WEIGHT * (glyph_loss(token_logits, tokens) + glyph_loss(patch_logits, patches))
-        answer_loss = nn.functional.cross_entropy(logits.float(), labels)
+        reading_loss = answer_loss(logits, labels, encoder.end[0], arguments.first_weight)
         right = (logits.argmax(-1) == labels).float().mean().item()
-        numbers |= {"loss": answer_loss.item(), "tokens on cells" if uses_cells else "tokens": right}
-        gradient_step(nano, answer_loss + loss, optimizers)
+        numbers |= {"loss": reading_loss.item(), "tokens on cells" if uses_cells else "tokens": right}
+        gradient_step(nano, reading_loss + loss, optimizers)
         if anchors:
             anchors.restore()
         run.record_step(nano, numbers, log_every=10)

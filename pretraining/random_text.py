@@ -10,6 +10,7 @@ from documents.asking import (
     NAMES,
     PRICE_PHRASINGS,
     TRANSCRIBE_PHRASINGS,
+    Asker,
 )
 from documents.pages import Line, Page, Piece
 from documents.questions import ABSENT, Conversation, Turn
@@ -95,15 +96,57 @@ def looking_up(seed: int, num_lines: int, columns: int) -> Conversation:
     """Return questions about a list of random names with random values, some of them for names that are not there."""
     rng = random.Random(f"looking up {seed}")
     names = random_names(rng, num_lines)
+    values = random_values(rng, names, columns)
+    page = Page("random text", 0, print_list(rng, values), values)
+    turns = [question_about(rng, name, values) for name in rng.sample(names, min(8, len(names)))]
+    turns = [turn for turn in turns if turn]
+    return Conversation([page], turns or [transcription(rng, page)])
+
+
+def understanding(seed: int, num_lines: int, columns: int) -> Conversation:
+    """Return questions about a list of labels with random values, by the names of the fields that the labels mean.
+
+    The values tell nothing, so that a field has to be found by the meaning of its label.
+    """
+    rng = random.Random(f"understanding {seed}")
+    maker = Asker(rng, "train")
+    shuffled = rng.sample(list(LABELS), len(LABELS))
+    fields: list[str] = []
+    for name in shuffled:
+        if name in NAMES and len(fields) < num_lines and not any(alike(name, other) for other in fields):
+            fields.append(name)
+    labels = {name: rng.choice(LABELS[name][:-1]) for name in fields}
+    values = random_values(rng, list(labels.values()), columns)
+    page = Page("random text", 0, print_list(rng, values), values)
+    missing = [name for name in shuffled if name in NAMES and not any(alike(name, other) for other in fields)]
+    turns = []
+    for name in rng.sample(fields, min(7, len(fields))):
+        value = values[labels[name]]
+        if rng.random() < 0.1:
+            shown = rng.choice((value, rng.choice(list(values.values()))))
+            question = rng.choice(CHECK_PHRASINGS[:-1]).format(maker.name_of(name), shown)
+            turns.append(Turn("yes/no", question[0].upper() + question[1:], "Yes." if shown == value else "No."))
+        else:
+            turns.append(maker.about("field", name, value))
+    turns += [maker.about("absent", name, ABSENT) for name in missing[: rng.choice((0, 1, 1, 2))]]
+    rng.shuffle(turns)
+    return Conversation([page], turns)
+
+
+def alike(first: str, second: str) -> bool:
+    """Return whether two fields share a name or a label, in any case of letters."""
+    own = [{text.lower() for text in (*NAMES[name], *LABELS[name])} for name in (first, second)]
+    return bool(own[0] & own[1])
+
+
+def random_values(rng: random.Random, names: list[str], columns: int) -> dict[str, str]:
+    """Return a random value for each name, short enough for a line of both."""
     values = {}
     for name in names:
         alphabet = rng.choice(VALUE_ALPHABETS)
         value = " ".join(word(rng, alphabet) for _ in range(rng.choice((1, 1, 1, 2, 3))))
         values[name] = value[: max(3, columns - len(name) - 2)].strip()
-    page = Page("random text", 0, print_list(rng, values), values)
-    turns = [question_about(rng, name, values) for name in rng.sample(names, min(8, len(names)))]
-    turns = [turn for turn in turns if turn]
-    return Conversation([page], turns or [transcription(rng, page)])
+    return values
 
 
 def random_names(rng: random.Random, count: int) -> list[str]:
