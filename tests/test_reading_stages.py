@@ -85,7 +85,7 @@ def test_a_prompt_ends_before_the_answer(encoder):
 
 
 def test_gaps_in_the_positions_hide_nothing(encoder):
-    """transformers takes gaps for the borders of packed texts unless it gets a mask."""
+    """The attention that transformers would choose takes gaps for the borders of packed texts."""
     torch.manual_seed(0)
     model = CellLanguageModel(len(encoder.tokenizer)).eval()
     answers = []
