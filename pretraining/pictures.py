@@ -96,7 +96,10 @@ def classes_of(lessons: list[Lesson]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def measure(nano: Nano, encoder: CellEncoder, lessons: list[Lesson], batch_size: int = 4) -> dict[str, float]:
-    """Return the teacher-forced accuracy of answers about held-out images, with attention as it is: of tokens, of whole answers."""
+    """Return the teacher-forced accuracy of answers about held-out images: of tokens, and of whole answers.
+
+    The tower computes its attention here, as the checkpoint will; training takes neighbours directly.
+    """
     nano.eval()
     fast, nano.tower.looks_at_neighbours = nano.tower.looks_at_neighbours, False
     score = Score(encoder.end[0])

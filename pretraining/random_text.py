@@ -113,19 +113,17 @@ def understanding(seed: int, num_lines: int, columns: int) -> Conversation:
     shuffled = rng.sample(list(LABELS), len(LABELS))
     fields: list[str] = []
     for name in shuffled:
-        if name in NAMES and len(fields) < num_lines and not any(alike(name, other) for other in fields):
+        if name in NAMES and len(fields) < num_lines and not any(share_a_name(name, other) for other in fields):
             fields.append(name)
     labels = {name: rng.choice(LABELS[name][:-1]) for name in fields}
     values = random_values(rng, list(labels.values()), columns)
     page = Page("random text", 0, print_list(rng, values), values)
-    missing = [name for name in shuffled if name in NAMES and not any(alike(name, other) for other in fields)]
+    missing = [name for name in shuffled if name in NAMES and not any(share_a_name(name, other) for other in fields)]
     turns = []
     for name in rng.sample(fields, min(7, len(fields))):
         value = values[labels[name]]
         if rng.random() < 0.1:
-            shown = rng.choice((value, rng.choice(list(values.values()))))
-            question = rng.choice(CHECK_PHRASINGS[:-1]).format(maker.name_of(name), shown)
-            turns.append(Turn("yes/no", question[0].upper() + question[1:], "Yes." if shown == value else "No."))
+            turns.append(check(rng, maker.name_of(name), value, values))
         else:
             turns.append(maker.about("field", name, value))
     turns += [maker.about("absent", name, ABSENT) for name in missing[: rng.choice((0, 1, 1, 2))]]
@@ -133,7 +131,7 @@ def understanding(seed: int, num_lines: int, columns: int) -> Conversation:
     return Conversation([page], turns)
 
 
-def alike(first: str, second: str) -> bool:
+def share_a_name(first: str, second: str) -> bool:
     """Return whether two fields share a name or a label, in any case of letters."""
     own = [{text.lower() for text in (*NAMES[name], *LABELS[name])} for name in (first, second)]
     return bool(own[0] & own[1])
@@ -192,6 +190,13 @@ def print_list(rng: random.Random, values: dict[str, str]) -> list[Line]:
     return lines
 
 
+def check(rng: random.Random, name: str, value: str, values: dict[str, str]) -> Turn:
+    """Return a yes/no question whether a value, or another one of the page, is that of a name."""
+    shown = rng.choice((value, rng.choice(list(values.values()))))
+    question = rng.choice(CHECK_PHRASINGS[:-1]).format(name, shown)
+    return Turn("yes/no", question[0].upper() + question[1:], "Yes." if shown == value else "No.")
+
+
 def question_about(rng: random.Random, name: str, values: dict[str, str]) -> Turn | None:
     """Return a question for a value, in some cases for a name that is not there or whether a value is right."""
     draw = rng.random()
@@ -200,9 +205,7 @@ def question_about(rng: random.Random, name: str, values: dict[str, str]) -> Tur
         if any(overlap(name, other) for other in values):
             return None
     elif draw < 0.2:
-        shown = rng.choice((values[name], rng.choice(list(values.values()))))
-        question = rng.choice(CHECK_PHRASINGS[:-1]).format(name, shown)
-        return Turn("yes/no", question, "Yes." if shown == values[name] else "No.")
+        return check(rng, name, values[name], values)
     question = rng.choice(rng.choice((LABEL_PHRASINGS, FIELD_PHRASINGS, PRICE_PHRASINGS))[:-1]).format(name)
     question = question[0].upper() + question[1:]
     return Turn("field", question, values[name]) if name in values else Turn("absent", question, ABSENT)

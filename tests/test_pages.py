@@ -15,7 +15,7 @@ from documents.typesetting import Look, draw, set_page
 from documents.values import split_of
 from documents.wording import LABELS, MAKERS
 from pretraining.cells import NONE, TOKENS_PER_TILE, cells_of, patch_classes, token_classes
-from pretraining.random_text import copying, looking_up, random_page
+from pretraining.random_text import copying, looking_up, random_page, understanding
 
 SEEDS = range(30)
 FLAT = Look(tilted=0.0, photographed=0.0, degradation=0.0)
@@ -214,6 +214,19 @@ def test_exercises_ask_for_what_is_printed():
         talk = looking_up(seed, 6, 30)
         for turn in talk.turns:
             assert turn.answer in talk.documents[0].text or turn.answer in (ABSENT, "Yes.", "No.")
+
+
+def test_meanings_of_labels_are_asked_for_on_lists_that_print_them():
+    labels = {label for known in LABELS.values() for label in known[:-1]}
+    for seed in range(60):
+        conversation = understanding(seed, 6, 30)
+        values = conversation.documents[0].fields
+        assert values.keys() <= labels and all(values.values())
+        for turn in conversation.turns:
+            if turn.task == "field":
+                assert turn.answer in values.values()
+            else:
+                assert turn.answer in {"absent": (ABSENT,), "yes/no": ("Yes.", "No.")}[turn.task]
 
 
 def test_a_bad_kind_is_refused():

@@ -16,6 +16,7 @@ from documents.typesetting import Look, draw, set_page
 from pretraining import pictures, reading, tower
 from pretraining.batches import IGNORE_INDEX
 from pretraining.cells import Cells
+from pretraining.muon import orthogonalize
 from pretraining.nano import build_model, load_tokenizer
 from pretraining.reading import CellEncoder, CellLanguageModel, new_tokenizer, set_lesson, start_from_nano
 from pretraining.tower import (
@@ -112,6 +113,28 @@ def test_new_words_of_questions_are_whole_and_names_of_fields_spelled(encoder):
     known = encoder.tokenizer.get_vocab()
     assert "\u0120altogether" in known and "\u0120gratuity" not in known
     assert set(load_tokenizer().get_vocab()) <= set(known)
+
+
+def test_attention_by_rows_is_causal_attention():
+    query, key, value = torch.randn(3, 2, 4, 300, 48)
+    found, _ = reading.causal_attention(None, query, key, value, None, 48**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_the_first_token_of_an_answer_may_count_more():
+    logits, labels = torch.randn(5, 10), torch.tensor([1, 2, 9, 3, 9])
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(reading.answer_loss(logits, labels, 9, 1.0), losses.mean())
+    weights = torch.tensor([4.0, 1, 1, 4, 1])
+    torch.testing.assert_close(reading.answer_loss(logits, labels, 9, 4.0), (weights * losses).sum() / weights.sum())
+
+
+def test_muon_orthogonalises_in_bfloat16_nearly_as_in_float32():
+    matrices = torch.randn(2, 96, 48)
+    full, half = (orthogonalize(matrices, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full.flatten(), half.flatten(), 0) > 0.999
 
 
 def test_each_head_of_a_new_tower_looks_at_one_neighbour(looking_tower):
