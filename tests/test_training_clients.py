@@ -152,8 +152,9 @@ def test_trainer_trains_evaluates_and_saves(tiny_checkpoint, model, processor, b
 
 
 def run_twice(function: str, *arguments: str | Path) -> None:
-    """Run a function of two_processes.py in two processes that know of each other."""
-    script = f"import sys, tools; from tests.two_processes import {function}; {function}(*sys.argv[1:])"
+    """Run a function of two_processes.py in two processes that know of each other; one that hangs says where."""
+    script = "import faulthandler, sys, tools; faulthandler.dump_traceback_later(400, exit=True); "
+    script += f"from tests.two_processes import {function}; {function}(*sys.argv[1:])"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     run(*launcher, sys.executable, "-c", script, *arguments)
 
