@@ -9,11 +9,12 @@ from pathlib import Path
 from PIL import Image
 
 from documents import fonts
+from documents.drawing import draw_page
 from documents.pages import Line, Page, Piece
-from documents.typesetting import Look, draw, set_page
+from documents.typesetting import Look
 
 SEED = 4  # a typeface that training lacks
-LOOK = Look(size=(22, 22), leading=(1.35, 1.35), tilted=1.0, degrees=0.6, photographed=0.0)
+LOOK = Look(size=(22, 22), leading=(1.35, 1.35), tilted=1.0, degrees=0.6, photographed=0.0, degradation=0.5)
 
 
 def example_page() -> Page:
@@ -49,7 +50,7 @@ def example_page() -> Page:
 
 def example() -> Image.Image:
     """Return the image of the receipt."""
-    return draw(set_page(example_page(), SEED, "heldout", LOOK), SEED, "heldout", 0.5)
+    return draw_page(example_page(), SEED, "heldout", LOOK)
 
 
 def main() -> None:

@@ -3,50 +3,56 @@
     pip install fpdf2
     python -m documents.invoice examples/invoice.pdf
 
-nano reads pages whose characters stand in a grid of 16 columns and 16 rows, so these do. They are small, 79 x 96 mm,
-so that each is one tile.
+The pages are as small as receipts, so that their type is large enough for nano.
 """
 
 import argparse
 import datetime
 from pathlib import Path
+from typing import NamedTuple
 
-from documents.generator import COLUMNS, ROWS_PER_PAGE
+WIDTH, HEIGHT, MARGIN = 236, 380, 20  # in points
+SIZE, PITCH = 12, 19  # of the type, and from line to line
 
-CELL = (14, 17)  # width and height of a character, in points
-FONT_SIZE = 14
-BASELINE = 0.78  # of a row, from its top
+
+class Row(NamedTuple):
+    """A printed line: what stands at its left and at its right end."""
+
+    left: str = ""
+    right: str = ""
+    bold: bool = False
+
+
 PAGES = (
     (
-        "Invoice A20471",
-        "Date 14.03.2026",
-        "Due  13.04.2026",
-        "",
-        "From:",
-        "Merlan Supply",
-        "21 Dock Road",
-        "040-556281",
-        "",
-        "To:",
-        "Tova Lindner",
+        Row("Merlan Supply", bold=True),
+        Row("21 Dock Road"),
+        Row("Tel 040-556281"),
+        Row(),
+        Row("Invoice no.", "A20471"),
+        Row("Date", "14.03.2026"),
+        Row("Due date", "13.04.2026"),
+        Row(),
+        Row("Bill to", "Tova Lindner"),
     ),
     (
-        "Paper      12.40",
-        "Lamp       64.90",
-        "Chair     149.00",
-        "Glue        3.75",
-        "Pen         8.30",
-        "Vase       31.20",
-        "",
-        "Subtotal  269.55",
+        Row("Paper", "12.40"),
+        Row("Lamp", "64.90"),
+        Row("Chair", "149.00"),
+        Row("Glue", "3.75"),
+        Row("Pen", "8.30"),
+        Row("Vase", "31.20"),
+        Row(),
+        Row("Subtotal", "269.55"),
     ),
     (
-        "Subtotal  269.55",
-        "VAT        51.21",
-        "Total     320.76",
-        "",
-        "Paid by CARD",
-        "Thank you!",
+        Row("Subtotal", "269.55"),
+        Row("VAT", "51.21"),
+        Row("Total", "320.76", bold=True),
+        Row(),
+        Row("Paid by", "Card"),
+        Row(),
+        Row("Thank you!"),
     ),
 )
 
@@ -55,19 +61,19 @@ def draw_invoice(path: Path) -> None:
     """Write the PDF; the same bytes every time."""
     from fpdf import FPDF
 
-    width, height = CELL
-    pdf = FPDF(unit="pt", format=(width * COLUMNS, height * ROWS_PER_PAGE))
+    pdf = FPDF(unit="pt", format=(WIDTH, HEIGHT))
     pdf.set_creation_date(datetime.datetime(2026, 3, 14, tzinfo=datetime.UTC))
     pdf.set_title("Invoice A20471")
     pdf.set_auto_page_break(False)
     pdf.set_margin(0)
-    pdf.set_font("Helvetica", size=FONT_SIZE)
-    for lines in PAGES:
+    for rows in PAGES:
         pdf.add_page()
-        for row, line in enumerate(lines):
-            for column, character in enumerate(line):
-                left = column * width + (width - pdf.get_string_width(character)) / 2
-                pdf.text(left, row * height + height * BASELINE, character)
+        baseline = MARGIN + SIZE
+        for row in rows:
+            pdf.set_font("Helvetica", "B" if row.bold else "", SIZE)
+            pdf.text(MARGIN, baseline, row.left)
+            pdf.text(WIDTH - MARGIN - pdf.get_string_width(row.right), baseline, row.right)
+            baseline += PITCH
     pdf.output(path)
 
 

@@ -1,9 +1,11 @@
-"""Questions about drawn documents, with exact answers, and the conversations made of them.
+"""Questions about pages, with exact answers, and the conversations made of them.
 
-Tasks: "field", "price", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
-"compare" (two images) and "text" (no image). Only the split "heldout" uses the last phrasing of each list. The answer
-to a comparison gives both values and then the verdict: "12.40 and 9.80. The first.". The answer to a question about
-the highest value of a chart gives the value and its name: "87 (Milk)".
+Tasks: "field", "price", "cell", "chart", "yes/no", "absent" (the answer is `ABSENT`), "transcription", "html" (tables),
+"compare" (two images) and "text" (no image). A field is asked for by one of its names ("the amount to pay"), by a whole
+question ("When was this printed?"), or by the label that the page prints ("What does it say after Bill no.?"). Only the
+split "heldout" uses the last phrasing of each list. The answer to a comparison gives both values and then the verdict:
+"12.40 and 9.80. The first.". The answer to a question about the highest value of a chart gives the value and its name:
+"87 (Milk)".
 """
 
 import random
@@ -11,8 +13,10 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from documents.generator import KINDS, Document, document
+from documents.contents import make_page
+from documents.pages import Page
 from documents.values import words
+from documents.wording import LABELS
 
 ABSENT = "Not in the document."
 PAGE_VERDICTS = ("The first.", "The second.")
@@ -20,34 +24,64 @@ VERDICTS = (*PAGE_VERDICTS, "Yes.", "No.")
 
 FIELD_PHRASINGS = (
     "What is the {}?",
+    "What is the {}?",
+    "What's the {}?",
     "Give the {}, please.",
+    "Give me the {}.",
     "{}?",
+    "The {}?",
     "Which {} is on the page?",
     "Please find the {}.",
     "Read the {}.",
-    "Please read the {}.",
+    "Tell me the {}.",
     "Find the {} on this page.",
+    "Find the {} in this image.",
     "The {}, please.",
-    "What does the page give as the {}?",
+    "What {} is printed here?",
+    "What is the {} on this document?",
+    "Can you read the {}?",
+    "Extract the {}.",
     "What {} does the page have?",  # held out
+)
+LABEL_PHRASINGS = (
+    "What is the {}?",
+    "{}?",
+    "What does it say after {}?",
+    "What stands next to {}?",
+    "Read {}.",
+    "What is given as {}?",
+    "What is printed for {}?",
+    "Give the value of {}.",
+    "{}:",
+    "What follows {}?",  # held out
 )
 PRICE_PHRASINGS = (
     "What is the price of {}?",
     "How much is {}?",
+    "How much is the {}?",
+    "How much was {}?",
     "Find the price of {}.",
     "What does {} cost?",
+    "What did the {} cost?",
+    "What was paid for {}?",
+    "Price of {}?",
+    "How much did {} cost?",
     "Give the price of {}, please.",  # held out
 )
 VALUE_PHRASINGS = (
     "What is the value of {}?",
     "Read the value of {}.",
     "Find {}, please.",
+    "What is the number for {}?",
+    "How many for {}?",
     "Give the value of {}.",  # held out
 )
 CELL_PHRASINGS = (
     "What is the {1} of {0}?",
     "Find the {1} of {0}.",
     "Read {1} for {0}.",
+    "What is the {1} for {0}?",
+    "{0}, {1}?",
     "Give the {1} of {0}.",  # held out
 )
 CHECK_PHRASINGS = (
@@ -56,12 +90,22 @@ CHECK_PHRASINGS = (
     "Does the page give {1} as the {0}?",
     "Does the page have {1} as the {0}?",
     "Does the {0} read {1}?",
+    "Is it true that the {0} is {1}?",
     "Does the page give the {0} as {1}?",  # held out
 )
-TRANSCRIBE_PHRASINGS = ("Transcribe the page.", "Read the page.", "Write out all the text.", "Give all the text.")
+TRANSCRIBE_PHRASINGS = (
+    "Transcribe the page.",
+    "Read the page.",
+    "Write out all the text.",
+    "Transcribe this image.",
+    "Read all the text.",
+    "What does the document say?",
+    "Give all the text.",
+)
 HTML_PHRASINGS = (
     "Extract the table in this image as HTML.",
     "Write the table as HTML.",
+    "Convert the table to HTML.",
     "Give the table as HTML.",
 )
 COMPARE_PHRASINGS = {
@@ -69,7 +113,6 @@ COMPARE_PHRASINGS = {
     "same": ("Do both pages have the same {}?", "Is the {} the same?", "Do both pages give the same {}?"),
     "which": ("Which page is from {}?", "Find the page from {}.", "Which of both pages is from {}?"),
 }
-PAGE_PHRASING = "What is the {0} of the {1} page?"  # in training only: it teaches to find the values to compare
 
 
 def phrase_word(article: str, word: str) -> tuple[str, ...]:
@@ -88,34 +131,127 @@ TEXT_QUESTIONS = {
     "The one who buys.": phrase_word("a", "customer"),
     "I read documents.": ("What do you do?", "Who are you?", "What can you do?", "What do you read?"),
 }
-SYNONYMS = {
-    "supplier": ("supplier", "seller", "name of the shop"),
-    "total": ("total", "total amount", "amount to pay"),
-    "tax": ("tax", "VAT"),
-    "date": ("date",),
-    "payment": ("payment", "way of payment"),
-    "highest": ("highest", "largest"),
-    "lowest": ("lowest", "smallest"),
+NAMES = {
+    "supplier": words(
+        "supplier|seller|name of the shop|shop|store|merchant|vendor|company|name of the store|store name|"
+        "merchant name|business|name of the company|shop name",
+        "|",
+    ),
+    "total": words(
+        "total|total|total amount|amount to pay|grand total|amount due|total price|sum|final amount|total due|amount paid in total|"
+        "total to pay|overall total|invoice total",
+        "|",
+    ),
+    "subtotal": words("subtotal|net amount|amount before tax|sum before tax|net total|sub-total", "|"),
+    "tax": words("tax|VAT|sales tax|tax amount|amount of tax|VAT amount", "|"),
+    "tip": words("tip|gratuity|service charge", "|"),
+    "discount": words("discount|rebate|savings", "|"),
+    "amount given": words("amount given|cash given|amount tendered|cash received|money given", "|"),
+    "change": words("change|change given|money given back|change due", "|"),
+    "payment": words("payment|way of payment|payment method|means of payment|payment type|method of payment", "|"),
+    "receipt number": words(
+        "receipt number|number of the receipt|bill number|ticket number|transaction number|receipt no|document number|"
+        "number of the bill|receipt ID|check number",
+        "|",
+    ),
+    "order number": words("order number|number of the order|order ID", "|"),
+    "invoice number": words("invoice number|number of the invoice|invoice ID|bill number|document number", "|"),
+    "date": words("date|date|date of the document|date of purchase|purchase date|day|date printed|issue date", "|"),
+    "time": words("time|time of day|time of purchase|hour", "|"),
+    "due date": words("due date|last day to pay|payment deadline|date due", "|"),
+    "phone number": words("phone number|telephone number|phone|telephone", "|"),
+    "email": words("email|email address|e-mail", "|"),
+    "cashier": words("cashier|name of the cashier|waiter|server|person who served", "|"),
+    "table number": words("table number|number of the table|table", "|"),
+    "guests": words("number of guests|guest count|number of people", "|"),
+    "register": words("register|till|terminal|register number", "|"),
+    "card number": words("card number|number of the card", "|"),
+    "number of items": words("number of items|item count|number of articles", "|"),
+    "customer": words("customer|buyer|client|name of the customer|recipient of the invoice", "|"),
+    "customer number": words("customer number|customer ID|member number|account number", "|"),
+    "name": words("name|full name|name of the person", "|"),
+    "address": words("address|street|street address|street and number", "|"),
+    "city": words("city|town|place", "|"),
+    "country": words("country|nationality", "|"),
+    "date of birth": words("date of birth|birthday|birth date", "|"),
+    "employer": words("employer|place of work", "|"),
+    "job": words("job|occupation|profession", "|"),
+    "room": words("room|room number|office", "|"),
+    "department": words("department|division", "|"),
+    "sender": words("sender|author|name of the sender|writer", "|"),
+    "recipient": words("recipient|addressee|name of the recipient", "|"),
+    "subject": words("subject|topic", "|"),
+    "reference": words("reference|file number|reference number", "|"),
+    "title": words("title|heading|headline", "|"),
+    "day of the meeting": words("day of the meeting|date of the meeting|meeting date", "|"),
+    "amount to bring": words("amount to bring|amount asked for|amount of money", "|"),
+    "highest": words("highest value|largest value|maximum", "|"),
+    "lowest": words("lowest value|smallest value|minimum", "|"),
 }
-# "Who is the seller?" may be asked for these; in training only, so that the evaluation keeps its questions.
-PEOPLE = words("supplier customer recipient sender employer")
-# Fields that one may expect on each kind of document, so that a question about an absent one is fair.
+WHOLE = {  # whole questions; the last of each is held out
+    "supplier": words("Who is the seller?|Where was this bought?|Which shop is this from?|What is the shop called?|Who issued this?", "|"),
+    "total": words(
+        "How much was paid in total?|How much is it in total?|What did it cost altogether?|How much do I have to pay?|"
+        "What do I owe?|How much is the bill?|How much did everything cost?",
+        "|",
+    ),
+    "date": words("When was this issued?|When was this printed?|What day was this?|When was it bought?|When was this written?", "|"),
+    "time": words("At what time?|What time was it?|At what time was this printed?", "|"),
+    "payment": words("How was it paid?|How did the customer pay?|How was the bill paid?", "|"),
+    "cashier": words("Who served?|Who was the cashier?|Who served the customer?", "|"),
+    "customer": words("Who is the customer?|Who is the buyer?|Who has to pay?", "|"),
+    "address": words("Where is it?|What is the street?|In which street is it?", "|"),
+    "tax": words("How much is the tax?|How much tax was paid?|How much tax is included?", "|"),
+    "due date": words("When is it due?|Until when must it be paid?|By when must I pay?", "|"),
+    "phone number": words("What number can I call?|How can I call them?|What is the number to call?", "|"),
+    "sender": words("Who wrote this?|Who signed this?|Who is the letter from?", "|"),
+    "recipient": words("Who is this written to?|Who is the recipient?|Who is the letter to?", "|"),
+    "change": words("How much change was given?|How much money came back?|How much change is there?", "|"),
+    "name": words("Who is it?|Who filled in the form?|Whose form is this?", "|"),
+    "employer": words("Who is the employer?|Where does the person work?|Whom does the person work for?", "|"),
+    "table number": words("Which table?|At which table?|Which table was it?", "|"),
+    "highest": words("Which is the highest?|Which one has the most?|Which is the largest?", "|"),
+    "lowest": words("Which is the lowest?|Which one has the least?|Which is the smallest?", "|"),
+}  # fmt: skip
+# Fields that one may expect on each kind of page, so that a question about an absent one is fair.
+_SHOP = (
+    "address,city,phone number,email,receipt number,date,time,subtotal,tax,total,payment,cashier,discount,change,"
+    "card number,order number,number of items,due date,customer,tip,table number,amount given,customer number,guests,"
+    "register"
+)
 EXPECTED = {
-    "receipt": words(
-        "supplier,address,phone number,receipt number,date,time,subtotal,tax,total,payment,due date,customer", ","
-    ),
-    "invoice": words("invoice number,supplier,customer,date,due date,tax,total,phone number,payment", ","),
-    "form": words(
-        "title,name,city,address,phone number,date of birth,customer number,employer,country,total,date", ","
-    ),
-    "table": words("title,total,date,supplier", ","),
-    "letter": words(
-        "date,recipient,sender,city,subject,day of the meeting,amount to bring,sender's address,phone number,total",
+    "receipt": words(_SHOP, ","),
+    "bill": words(_SHOP, ","),
+    "invoice": words(
+        "address,city,phone number,email,order number,customer number,reference,date,due date,subtotal,tax,discount,"
+        "payment,time,cashier,tip,card number",
         ",",
     ),
-    "bar chart": words("title,highest,lowest,total,date", ","),
-    "line chart": words("title,highest,lowest,total,date", ","),
+    "form": words(
+        "name,address,city,country,phone number,email,date of birth,customer number,employer,job,room,department,date,"
+        "time,total,tax,due date",
+        ",",
+    ),
+    "letter": words("address,city,phone number,email,due date,amount to bring,tax,time,customer number", ","),
+    "table": words("date,total,supplier,phone number,address", ","),
+    "chart": words("date,total,phone number,supplier", ","),
 }
+CONFUSED = {
+    "payment": "amount given",
+    "amount given": "payment",
+    "total": "amount to bring",
+    "order number": "receipt number",
+}
+
+
+# Names of fields that the tokenizer keeps whole as well; all others are spelled, as printed labels are, so that a label is
+# found by its characters.
+WHOLE_NAMES = (
+    " address birth bring city country meeting name phone sender subject title",
+    "Address,Amount,City,Country,Customer,Date,Day,Due,Employer,Highest,Invoice,Lowest,Name,Payment,Phone,Receipt,"
+    "Recipient,Sender,Subject,Subtotal,Supplier,Tax,Time,Title,Total,VAT,amount,date,highest,largest,lowest,name,"
+    "payment,seller,smallest,supplier,tax,the,total,way",
+)
 
 
 @dataclass
@@ -141,7 +277,7 @@ class Turn:
 class Conversation:
     """Questions about zero, one or two documents, in order."""
 
-    documents: list[Document]
+    documents: list[Page]
     turns: list[Turn]
 
 
@@ -159,76 +295,99 @@ class QuestionMaker:
         question = phrasings[index].format(*parts)
         return question[0].upper() + question[1:], index != last
 
-    def name_of(self, field: str) -> str:
-        return self.rng.choice(SYNONYMS.get(field, (field,)))
-
     def turn(self, task: str, answer: str, phrasings: tuple[str, ...], *parts: str) -> Turn:
         question, seen = self.phrase(phrasings, *parts)
         return Turn(task, question, answer, seen)
 
-    def field(self, page: Document) -> Turn:
-        name = self.rng.choice(list(page.fields))
-        if name in ("highest", "lowest"):
-            return self.turn("chart", with_name(page.fields[name], page.prices), FIELD_PHRASINGS, self.name_of(name))
-        return self._about_field("field", name, page.fields[name])
+    def name_of(self, field: str) -> str:
+        return self.rng.choice(NAMES.get(field, (field,)))
 
-    def _about_field(self, task: str, name: str, answer: str) -> Turn:
-        if self.split == "train" and name in PEOPLE and self.rng.random() < 0.25:
-            words = [word for word in SYNONYMS.get(name, (name,)) if " " not in word]  # not "name of the shop"
-            return Turn(task, f"Who is the {self.rng.choice(words)}?", answer)
+    def about(self, task: str, name: str, answer: str) -> Turn:
+        """Return a question about the field `name`, by one of its names or as a whole question."""
+        if name in WHOLE and self.rng.random() < 0.2:
+            return self.turn(task, answer, WHOLE[name])
         return self.turn(task, answer, FIELD_PHRASINGS, self.name_of(name))
 
-    def price(self, page: Document) -> Turn:
-        name = self.rng.choice(list(page.prices))
-        return self._about_thing(page, name, page.prices[name])
+    def field(self, page: Page) -> Turn:
+        name = self.rng.choice(list(page.fields))
+        if name in ("highest", "lowest"):
+            return self.about("chart", name, with_name(page.fields[name], page.prices))
+        labels = [other for field, other in page.labels.items() if field != name]
+        label = page.labels.get(name)
+        if label and self.rng.random() < 0.3 and not any(label.lower() in other.lower() for other in labels):
+            return self.turn("field", page.fields[name], LABEL_PHRASINGS, label)
+        return self.about("field", name, page.fields[name])
 
-    def _about_thing(self, page: Document, name: str, answer: str) -> Turn:
+    def price(self, page: Page) -> Turn:
+        name = self.rng.choice(list(page.prices))
+        return self.about_thing(page, name, page.prices[name])
+
+    def about_thing(self, page: Page, name: str, answer: str) -> Turn:
         if page.kind == "table":
             return self.turn("cell" if answer != ABSENT else "absent", answer, CELL_PHRASINGS, *name.split(" / "))
-        task = "absent" if answer == ABSENT else "chart" if "chart" in page.kind else "price"
-        return self.turn(task, answer, VALUE_PHRASINGS if "chart" in page.kind else PRICE_PHRASINGS, name)
+        is_chart = page.kind == "chart"
+        task = "absent" if answer == ABSENT else "chart" if is_chart else "price"
+        return self.turn(task, answer, VALUE_PHRASINGS if is_chart else PRICE_PHRASINGS, name)
 
-    def absent(self, page: Document) -> Turn:
-        missing = [name for name in EXPECTED[page.kind] if name not in page.fields]
-        if page.prices and (not missing or self.rng.random() < 0.3):
-            other = document(self.rng.randrange(10**9), self.split, page.kind)
-            things = [name.split(" / ")[0] for name in page.prices]
-            names = [name for name in other.prices if name.split(" / ")[0] not in things]
+    def absent(self, page: Page) -> Turn:
+        """Return a question about a field, a label or a thing that the page does not have."""
+        if page.prices and self.rng.random() < 0.3:
+            other = make_page(self.rng.randrange(10**9), self.split, page.kind)
+            text = page.text.lower()
+            names = [name for name in other.prices if name.split(" / ")[0].lower() not in text]
             if names:
-                return self._about_thing(page, self.rng.choice(names), ABSENT)
+                return self.about_thing(page, self.rng.choice(names), ABSENT)
+        missing = [
+            name for name in EXPECTED[page.kind] if name not in page.fields and CONFUSED.get(name) not in page.fields
+        ]
         if not missing:
             return self.field(page)
-        return self._about_field("absent", self.rng.choice(missing), ABSENT)
+        name = self.rng.choice(missing)
+        if name in LABELS and self.rng.random() < 0.2:
+            label = self.rng.choice(LABELS[name][:-1])
+            if label.lower() not in page.text.lower() and len(label) > 3:
+                return self.turn("absent", ABSENT, LABEL_PHRASINGS, label)
+        return self.about("absent", name, ABSENT)
 
-    def check(self, page: Document) -> Turn:
-        """Return a yes/no question about the true value or one from another document of the kind."""
+    def check(self, page: Page) -> Turn:
+        """Return a yes/no question about the true value, a value of another page, or the value of another field."""
         name = self.rng.choice([name for name in page.fields if name not in ("highest", "lowest")])
         value, answer = page.fields[name], "Yes."
         if self.rng.random() < 0.5:
-            for _ in range(20):
-                other = document(self.rng.randrange(10**9), self.split, page.kind)
-                if other.fields.get(name, value) != value:
-                    value, answer = other.fields[name], "No."
-                    break
+            others = [other for other in page.fields.values() if other != value]
+            if others and self.rng.random() < 0.2:
+                value, answer = self.rng.choice(others), "No."
+            elif any(character.isdigit() for character in value) and self.rng.random() < 0.3:
+                place = self.rng.choice([index for index, character in enumerate(value) if character.isdigit()])
+                digit = self.rng.choice([digit for digit in "0123456789" if digit != value[place]])
+                value, answer = value[:place] + digit + value[place + 1 :], "No."
+            else:
+                for _ in range(20):
+                    other = make_page(self.rng.randrange(10**9), self.split, page.kind)
+                    if other.fields.get(name, value) != value:
+                        value, answer = other.fields[name], "No."
+                        break
         return self.turn("yes/no", answer, CHECK_PHRASINGS, self.name_of(name), value)
 
-    def transcribe(self, page: Document) -> Turn:
+    def transcribe(self, page: Page) -> Turn:
         return self.turn("transcription", page.text, TRANSCRIBE_PHRASINGS)
 
-    def html(self, page: Document) -> Turn:
+    def html(self, page: Page) -> Turn:
         return self.turn("html", table_as_html(page.table), HTML_PHRASINGS)
 
     def text_only(self) -> Turn:
         answer = self.rng.choice(list(TEXT_QUESTIONS))
         return self.turn("text", answer, TEXT_QUESTIONS[answer])
 
-    def compare(self, first: Document, second: Document) -> Turn:
-        """Return a question about a field that both pages have."""
+    def compare(self, first: Page, second: Page) -> Turn:
+        """Return a question about a field that both pages have; the answer gives both values, then the verdict."""
         names = [name for name in ("date", "supplier", "total") if name in first.fields and name in second.fields]
         values = {name: (first.fields[name], second.fields[name]) for name in names}
-        amounts = [amount_of(total) for total in values["total"]]
-        kinds = ["same"] + ["higher"] * (amounts[0] != amounts[1])
-        kinds += ["which"] * (values["supplier"][0] != values["supplier"][1])
+        kinds = ["same"]
+        if "total" in values and amount_of(values["total"][0]) != amount_of(values["total"][1]):
+            kinds.append("higher")
+        if "supplier" in values and values["supplier"][0] != values["supplier"][1]:
+            kinds.append("which")
         kind = self.rng.choice(kinds)
         name = {"higher": "total", "which": "supplier"}.get(kind) or self.rng.choice(names)
         asked = self.rng.choice(values[name]) if kind == "which" else self.name_of(name)
@@ -290,40 +449,41 @@ def distinct_turns(make: Callable[[], Turn], num_turns: int) -> list[Turn]:
     return list(turns.values())
 
 
-def ask(seed: int, split: str, page: Document, num_turns: int) -> Conversation:
+def ask(seed: int, split: str, page: Page, num_turns: int) -> Conversation:
     """Return `num_turns` short questions about a page, all different."""
     maker = QuestionMaker(random.Random(f"questions {split} {seed}"), split)
-    kinds = [maker.field] * 4 + [maker.absent, maker.check] + ([maker.price] * 3 if page.prices else [])
+    kinds = [maker.field] * 5 + [maker.absent] * 2 + [maker.check] + ([maker.price] * 3 if page.prices else [])
     return Conversation([page], distinct_turns(lambda: maker.rng.choice(kinds)(page), num_turns))
 
 
-def read_out(seed: int, split: str, page: Document) -> Conversation:
+def read_out(seed: int, split: str, page: Page) -> Conversation:
     """Return a conversation with one long answer: the transcription, or for half of the tables the HTML."""
     maker = QuestionMaker(random.Random(f"read out {split} {seed}"), split)
-    turn = maker.html(page) if page.table and maker.rng.random() < 0.5 else maker.transcribe(page)
-    return Conversation([page], [turn])
+    return Conversation(
+        [page], [maker.html(page) if page.table and maker.rng.random() < 0.5 else maker.transcribe(page)]
+    )
 
 
 def compare(seed: int, split: str, num_turns: int) -> Conversation:
-    """Return questions about two receipts or invoices; in about a third of the pairs both have a value in common."""
+    """Return questions about two receipts, bills or invoices; a third of the pairs share a value."""
     maker = QuestionMaker(random.Random(f"compare {split} {seed}"), split)
-    kind = maker.rng.choice(("receipt", "invoice"))
-    pages = [document(maker.rng.randrange(10**9), split, kind) for _ in range(2)]
-    if maker.rng.random() < 0.5:
-        shared = [name for name in ("date", "supplier", "total") if all(name in page.fields for page in pages)]
-        name = maker.rng.choice(shared)
+    kind = maker.rng.choice(("receipt", "bill", "invoice"))
+    pages = [make_page(maker.rng.randrange(10**9), split, kind) for _ in range(2)]
+    names = [name for name in ("date", "supplier", "total") if all(name in page.fields for page in pages)]
+    if names and maker.rng.random() < 0.4:
+        name = maker.rng.choice(names)
         replace_value(pages[1], name, pages[0].fields[name])
     return Conversation(pages, distinct_turns(lambda: maker.compare(*pages), num_turns))
 
 
-def replace_value(page: Document, name: str, value: str) -> None:
-    """Print another value for a field where it fits in place of the old one; otherwise leave the page as it is."""
+def replace_value(page: Page, name: str, value: str) -> None:
+    """Print another value for a field in place of the old one."""
     old = page.fields[name]
-    for row, line in enumerate(page.lines):
-        if old in line and len(old) >= 3 and len(line.replace(old, value)) <= 16:
-            page.lines[row] = line.replace(old, value)
-            page.fields[name] = value
-            return
+    for line in page.lines:
+        for piece in line.pieces:
+            if old in piece.text:
+                piece.text = piece.text.replace(old, value)
+    page.fields[name] = value
 
 
 def text_only(seed: int, split: str, num_turns: int) -> Conversation:
@@ -333,50 +493,37 @@ def text_only(seed: int, split: str, num_turns: int) -> Conversation:
 
 
 def training_conversation(
-    seed: int, kinds: tuple[str, ...] = tuple(KINDS), share_of_long: float = 0.0, share_of_pairs: float = 0.0
+    seed: int, pairs: float = 0.05, transcriptions: float = 0.65, kinds: tuple[str, ...] | None = None
 ) -> Conversation:
     """Return the training conversation of a seed: questions about a page, and for most pages its transcription.
 
     Args:
         seed: any integer.
-        kinds: the kinds of documents to draw.
-        share_of_long: share of conversations about a document of two tiles, 0 to 1.
-        share_of_pairs: share of conversations that compare two documents, 0 to 1.
+        pairs: share of conversations that compare two pages, 0 to 1.
+        transcriptions: share of questioned pages that are read out too, 0 to 1.
+        kinds: of pages to draw; all by default, in the shares of `documents.contents`.
     """
-    rng = random.Random(f"lesson {seed}")
-    draw = rng.random()
-    if draw < share_of_pairs:
-        return _add_field_questions(rng, compare(seed, "train", 3))
-    if draw < share_of_pairs + 0.02:
+    rng = random.Random(f"conversation {seed}")
+    drawn = rng.random()
+    if drawn < pairs:
+        return compare(seed, "train", 3)
+    if drawn < pairs + 0.02:
         return text_only(seed, "train", 4)
-    is_long = rng.random() < share_of_long
-    page = document(seed, num_pages=2) if is_long else document(seed, kind=rng.choice(kinds))
-    if rng.random() < 0.25:
+    page = make_page(seed, kind=rng.choice(kinds) if kinds else None)
+    if rng.random() < 0.2:
         return read_out(seed, "train", page)
-    questions = ask(seed, "train", page, 9)
-    if rng.random() < 0.6:
-        questions.turns += read_out(seed, "train", page).turns
-    return questions
-
-
-def _add_field_questions(rng: random.Random, comparison: Conversation) -> Conversation:
-    """Add questions about fields of either page between the comparisons."""
-    for number, page in zip(("first", "second"), comparison.documents, strict=True):
-        for name in rng.sample(list(page.fields), min(2, len(page.fields))):
-            turn = Turn("field", PAGE_PHRASING.format(name, number), page.fields[name])
-            comparison.turns.insert(rng.randint(0, len(comparison.turns)), turn)
-    return comparison
+    conversation = ask(seed, "train", page, 9)
+    if rng.random() < transcriptions:
+        conversation.turns += read_out(seed, "train", page).turns
+    return conversation
 
 
 def instruction_texts() -> Iterator[str]:
-    """Yield all fixed wording of questions and short answers, whose words the tokenizer keeps whole."""
+    """Yield the fixed wording of questions and short answers, whose words the tokenizer keeps whole."""
     for phrasings in (
-        FIELD_PHRASINGS, PRICE_PHRASINGS, VALUE_PHRASINGS, CELL_PHRASINGS, CHECK_PHRASINGS, TRANSCRIBE_PHRASINGS,
-        HTML_PHRASINGS, *COMPARE_PHRASINGS.values(), *TEXT_QUESTIONS.values(), *SYNONYMS.values(),
+        FIELD_PHRASINGS, LABEL_PHRASINGS, PRICE_PHRASINGS, VALUE_PHRASINGS, CELL_PHRASINGS, CHECK_PHRASINGS,
+        TRANSCRIBE_PHRASINGS, HTML_PHRASINGS, *COMPARE_PHRASINGS.values(), *TEXT_QUESTIONS.values(), *WHOLE.values(),
     ):  # fmt: skip
-        yield from (phrasing.replace("{}", "").replace("{0}", "").replace("{1}", "") for phrasing in phrasings)
-    for names in EXPECTED.values():
-        yield from (f"the {name}" for name in names)
-        yield from (f"{name[0].upper()}{name[1:]}?" for name in names)
+        yield from (re.sub(r"\{\d?\}", "", phrasing) for phrasing in phrasings)
     yield from TEXT_QUESTIONS
-    yield from (ABSENT, *VERDICTS)
+    yield from (ABSENT, *VERDICTS, *WHOLE_NAMES)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from documents.drawing import draw, random_style, require_fonts
-from documents.generator import document
+from documents import fonts
+from documents.contents import make_page
+from documents.drawing import draw_page
 from documents.questions import EXPECTED
 from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import SPLIT
@@ -29,19 +30,19 @@ from tools.command_line import progress
 from nemotron_vl.reading import extract  # isort: skip  (importing tools makes it importable)
 from nemotron_vl.reading.confidence import auroc, calibration_error, fit_temperature, reliability  # isort: skip
 
-KINDS = ("receipt", "invoice", "form", "letter", "table")
+KINDS = ("receipt", "bill", "invoice", "form", "letter", "table")
 NUM_FIELDS = 4
 
 
 def read_values(model: Any, processor: Any, seed: int, **options: Any) -> list[dict[str, Any]]:
     """Return a row for each field of the document of a seed: what was read, its confidence at 1, and whether it is right."""
     rng = random.Random(f"confidence {seed}")
-    page = document(1000 * seed, SPLIT, rng.choice(KINDS))
+    page = make_page(1000 * seed, SPLIT, rng.choice(KINDS))
     names = rng.sample(sorted(page.fields), min(NUM_FIELDS, len(page.fields)))
     absent = [name for name in EXPECTED[page.kind] if name not in page.fields]
     names += rng.sample(absent, min(1, len(absent)))
     options = {"generation_config": {"confidence_temperature": 1.0}, "max_new_tokens": 48, **options}
-    found = extract(model, processor, draw(page, random_style(seed, SPLIT), seed), names, **options)
+    found = extract(model, processor, draw_page(page, seed, SPLIT), names, **options)
     return [
         {
             "seed": seed,
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the temperature into the checkpoint")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    require_fonts("heldout")
+    fonts.require("train", "heldout")
     model, processor = load(arguments.model)
     started = time.monotonic()
     rows = []

@@ -1,28 +1,31 @@
-"""How well nano reads documents it has never seen: `make eval-nano`.
+"""How well nano reads pages it has never seen: `make eval-nano`.
 
     python -m evaluation.nano --documents 1000 --out evaluation/results/nano.json
 
-Each held-out document is drawn as an image and goes through the checkpoint's own processor; one question about it is
-answered by `model.chat()`, greedy. The tasks take turns. A tenth as many documents follow with two further tasks: the
-last of three questions over the checkpoint's own earlier answers ("follow-up"), and documents of two tiles ("long").
-Names, dates and amounts are never those of training. Half of the images use a font, half of the pages a layout and
-three in ten questions a phrasing that training has not seen. The last line of the output is one JSON object.
+Each held-out page is drawn as an image and goes through the checkpoint's own processor; one question about it is
+answered by `model.chat()`, greedy. The tasks take turns. A twentieth as many pages follow, with the last of three
+questions over the checkpoint's own earlier answers ("follow-up"). Names, dates and amounts are never those of training.
+Half of the images use a typeface, about half of the pages a layout and three in ten questions a phrasing that training
+has not seen. "declined" is the share of questions with an answer on the page to which the checkpoint says that there is
+none. The last line of the output is one JSON object.
 """
 
 import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 
+from documents import fonts
+from documents.contents import KINDS, make_page
 from documents.distance import edit_distance
-from documents.drawing import FONTS, draw, random_style, require_fonts
-from documents.generator import KINDS, LONG_KINDS, NUM_LAYOUTS, document
-from documents.questions import Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
+from documents.drawing import draw
+from documents.questions import ABSENT, Conversation, QuestionMaker, Turn, ask, compare, text_only, verdict_of
+from documents.typesetting import set_page
 from evaluation.commands import conditions, evaluation_parser, write_report
 from tools.chat import load
 from tools.command_line import progress
@@ -30,8 +33,13 @@ from tools.command_line import progress
 SPLIT = "heldout"
 TASKS = ("field",) * 6 + ("price",) * 3 + ("cell", "chart", "absent", "absent", "yes/no", "yes/no", "transcription")
 TASKS += ("transcription", "html", "compare", "compare", "text")
-# These come after the documents of the tasks above, so that their seeds do not change.
-FURTHER_TASKS = ("follow-up", "long")
+SUITED = {
+    "price": ("receipt", "bill", "invoice"),
+    "cell": ("table",),
+    "html": ("table",),
+    "chart": ("chart",),
+    "field": tuple(kind for kind in KINDS if kind != "chart"),
+}
 MAX_NEW_TOKENS = {"transcription": 320, "html": 400}
 MAX_NEW_TOKENS_OF_OTHERS = 48  # the longest comparison of two suppliers takes 43
 
@@ -59,54 +67,60 @@ def batches(questions: list[Question], batch_size: int) -> Iterator[list[Questio
             yield members[start : start + batch_size]
 
 
-def make_questions(num_documents: int, kinds: tuple[str, ...]) -> list[Question]:
-    """Return questions about `num_documents` documents with `TASKS` in turn, and a tenth more of the further tasks."""
-    further = range(num_documents, num_documents + num_documents // 10)
-    return [make_question(seed, kinds) for seed in range(num_documents)] + [
-        make_question(seed, kinds, FURTHER_TASKS[seed % len(FURTHER_TASKS)]) for seed in further
-    ]
-
-
-def make_question(seed: int, kinds: tuple[str, ...], task: str | None = None) -> Question:
+def make_question(seed: int, task: str | None = None) -> Question:
     """Return the question of a seed; by default the seed's place in `TASKS` gives the task."""
     task = task or TASKS[seed % len(TASKS)]
-    rng = random.Random(f"evaluation {seed}")
     if task == "text":
         conversation = text_only(seed, SPLIT, 1)
     elif task == "compare":
         conversation = compare(seed, SPLIT, 1)
     elif task == "follow-up":
-        conversation = ask(seed, SPLIT, document(1000 * seed, SPLIT, rng.choice(kinds)), 3)
-    elif task == "long":
-        page = document(1000 * seed, SPLIT, rng.choice(LONG_KINDS), num_pages=2)
-        conversation = ask(seed, SPLIT, page, 1)
+        conversation = ask(seed, SPLIT, make_page(1000 * seed, SPLIT), 3)
     else:
-        conversation = _about_one_page(task, seed, rng, kinds)
-    styles = [random_style(seed + 10**6 * index, SPLIT) for index in range(len(conversation.documents))]
+        conversation = about_one_page(task, seed)
+    prints = [set_page(page, seed + 10**6 * i, SPLIT) for i, page in enumerate(conversation.documents)]
+    images = [draw(printed, seed + 10**6 * i, SPLIT) for i, printed in enumerate(prints)]
     pages = conversation.documents
-    last = conversation.turns[-1]
+    turn = conversation.turns[-1]
+    if task == "follow-up":
+        turn.task = task
     return Question(
-        turn=replace(last, task=task) if task in FURTHER_TASKS else last,
-        images=[draw(page, style, seed) for page, style in zip(pages, styles, strict=True)],
+        turn=turn,
+        images=images,
         kind=pages[0].kind if pages else "none",
-        seen_font=all(style.font in FONTS["train"] for style in styles),
-        seen_layout=all(page.layout != NUM_LAYOUTS - 1 for page in pages),
-        earlier=[turn.question for turn in conversation.turns[:-1]],
+        seen_font=all(printed.typeface in fonts.TYPEFACES["train"] for printed in prints),
+        seen_layout=all(page.is_seen for page in pages),
+        earlier=[earlier.question for earlier in conversation.turns[:-1]],
     )
 
 
-def _about_one_page(task: str, seed: int, rng: random.Random, kinds: tuple[str, ...]) -> Conversation:
+def about_one_page(task: str, seed: int) -> Conversation:
+    rng = random.Random(f"evaluation {seed}")
     maker = QuestionMaker(rng, SPLIT)
-    suited = {"price": ("receipt", "invoice"), "cell": ("table",), "html": ("table",)}
-    suited["chart"] = ("bar chart", "line chart")
-    ask: dict[str, Callable] = {"field": maker.field, "absent": maker.absent, "yes/no": maker.check}
-    ask |= {"transcription": maker.transcribe, "html": maker.html}
+    makers = {
+        "field": maker.field,
+        "price": maker.price,
+        "cell": maker.price,
+        "chart": maker.field if rng.random() < 0.5 else maker.price,
+        "absent": maker.absent,
+        "yes/no": maker.check,
+        "transcription": maker.transcribe,
+        "html": maker.html,
+    }
     for attempt in range(1000):
-        page = document(1000 * seed + attempt, SPLIT, rng.choice(suited.get(task, kinds)))
-        turn = ask.get(task, maker.price)(page)
+        page = make_page(1000 * seed + attempt, SPLIT, rng.choice(SUITED.get(task, tuple(KINDS))))
+        turn = makers[task](page)
         if turn.task == task:
             return Conversation([page], [turn])
-    raise ValueError(f"No {task!r} question can be asked about {', '.join(kinds)}.")
+    raise ValueError(f"No {task!r} question can be asked.")
+
+
+def make_questions(num_documents: int) -> list[Question]:
+    """Return questions about `num_documents` pages with `TASKS` in turn, and a twentieth more as last of three."""
+    further = range(num_documents, num_documents + num_documents // 20)
+    return [make_question(seed) for seed in range(num_documents)] + [
+        make_question(seed, "follow-up") for seed in further
+    ]
 
 
 @torch.no_grad()
@@ -198,21 +212,22 @@ def evaluate(model, processor, questions: list[Question], batch_size: int) -> li
 def main() -> None:
     parser = evaluation_parser(__doc__)
     parser.add_argument("--documents", type=int, default=1000)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--batch-size", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    require_fonts("heldout")
+    fonts.require("train", "heldout")
     model, processor = load(arguments.model)
-
-    questions = make_questions(arguments.documents, tuple(arguments.kinds))
+    questions = make_questions(arguments.documents)
     started = time.monotonic()
     rows = evaluate(model, processor, questions, arguments.batch_size)
+    answerable = [
+        row for row in rows if row["wanted"] != ABSENT and row["task"] in ("field", "price", "cell", "chart")
+    ]
     report = {
         **conditions(arguments),
         "documents": arguments.documents,
-        "kinds": arguments.kinds,
         "seconds": round(time.monotonic() - started),
+        "declined": mean(row["given"] == ABSENT for row in answerable),
         "tasks": summarize(rows),
     }
     write_report(arguments.out, report | {"answers": rows})

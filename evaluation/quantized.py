@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from documents.drawing import draw, random_style, require_fonts
-from documents.generator import KINDS, document
+from documents import fonts
+from documents.contents import KINDS, make_page
+from documents.drawing import draw_page
 from evaluation import ROOT
 from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import evaluate, make_questions, mean
@@ -34,9 +35,9 @@ def draw_calibration_images(folder: Path, count: int) -> list[Path]:
     """Draw documents of the training split, all kinds in turn."""
     kinds, files = list(KINDS), []
     for seed in range(count):
-        page = document(seed, "train", kinds[seed % len(kinds)])
+        page = make_page(seed, "train", kinds[seed % len(kinds)])
         files.append(folder / f"{seed}.png")
-        draw(page, random_style(seed, "train"), seed).save(files[-1])
+        draw_page(page, seed).save(files[-1])
     return files
 
 
@@ -112,8 +113,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="of the computation; that of the checkpoint by default")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    require_fonts()
-    questions = make_questions(arguments.documents, tuple(KINDS))
+    fonts.require("train", "heldout")
+    questions = make_questions(arguments.documents)
     model, processor = load(arguments.model, dtype=arguments.dtype)
     before = evaluate(model, processor, questions, arguments.batch_size)
     size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))

@@ -18,8 +18,10 @@ import torch
 from nemotron_vl.prompts import V1_LAYOUTS
 from PIL import Image
 
-from documents.drawing import draw, random_style, require_fonts
-from documents.generator import Document, document
+from documents import fonts
+from documents.contents import make_page
+from documents.drawing import draw_page
+from documents.pages import Page
 from documents.questions import QuestionMaker, Turn
 from evaluation.commands import conditions, evaluation_parser, write_report
 from evaluation.nano import MAX_NEW_TOKENS_OF_OTHERS, SPLIT, mean
@@ -45,14 +47,14 @@ def film_of(images: list[Image.Image]) -> bytes:
     return file.getvalue()
 
 
-def make_clip(seed: int, num_receipts: int) -> tuple[list[Document], int, Turn]:
+def make_clip(seed: int, num_receipts: int) -> tuple[list[Page], int, Turn]:
     """Return the pages of a film, the number of the one that is asked about, and the question."""
     rng = random.Random(f"video {num_receipts} {seed}")
     maker = QuestionMaker(rng, SPLIT)
     first = 10**7 + 1000 * seed
     for attempt in range(0, 1000, num_receipts):
         pages = [
-            document(first + attempt + place, SPLIT, rng.choice(("receipt", "invoice")))
+            make_page(first + attempt + place, SPLIT, rng.choice(("receipt", "invoice")))
             for place in range(num_receipts)
         ]
         asked = rng.randrange(num_receipts)
@@ -72,8 +74,7 @@ def evaluate(model, processor, num_clips: int) -> list[dict]:
         for num_receipts in range(1, MOST_RECEIPTS + 1):
             for seed in range(num_clips):
                 pages, asked, turn = make_clip(seed, num_receipts)
-                styles = [random_style(seed + 10**6 * (place + 1), SPLIT) for place in range(num_receipts)]
-                images = [draw(page, style, seed) for page, style in zip(pages, styles, strict=True)]
+                images = [draw_page(page, seed + 10**6 * (place + 1), SPLIT) for place, page in enumerate(pages)]
                 film = film_of(images)
                 still = model.chat(
                     processor,
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=100, help="films of each number of receipts")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    require_fonts("heldout")
+    fonts.require("train", "heldout")
     model, processor = load(arguments.model)
     rows = evaluate(model, processor, arguments.clips)
     report = {

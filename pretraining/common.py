@@ -5,6 +5,7 @@ and averages the gradients. Two processes with one thread each are faster than o
 """
 
 import argparse
+import atexit
 import json
 import os
 import time
@@ -30,6 +31,7 @@ def prepare_torch(num_threads: int) -> None:
     torch.set_flush_denormal(True)
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("gloo")
+        atexit.register(distributed.destroy_process_group)  # else a process that exits first may be aborted
 
 
 def rank() -> int:
@@ -221,15 +223,19 @@ def unique_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
-def load_weights(model: nn.Module, path: Path, part: str = "") -> None:
-    """Load weights of this model, or of a larger one that holds it as its `part` ("language.", "vision.").
+def load_part(model: nn.Module, weights: dict[str, torch.Tensor], part: str = "", source: str = "nano/") -> None:
+    """Load weights of this model, or of a larger one that holds it as its `part` ("language.", "tower.").
 
     Raises:
         ValueError: if a weight has no place in the model.
     """
-    weights = load_file(path)
     if part and any(name.startswith(part) for name in weights):
         weights = {name.removeprefix(part): weight for name, weight in weights.items() if name.startswith(part)}
     unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:
-        raise ValueError(f"{path} holds weights this model lacks: {', '.join(unexpected[:5])}.")
+        raise ValueError(f"{source} holds weights this model lacks: {', '.join(unexpected[:5])}.")
+
+
+def load_weights(model: nn.Module, path: Path, part: str = "") -> None:
+    """Load the file of a run into a model, as `load_part` does."""
+    load_part(model, load_file(path), part, str(path))

@@ -39,7 +39,7 @@ def draw_curve(logs: list[Path], path: Path) -> None:
     for log in logs:
         entries = read_log(log)
         held_out = [entry for entry in entries if entry.get("held out") and "answers" in entry]
-        trained = [entry for entry in entries if "loss" in entry]
+        trained = [entry for entry in entries if "loss" in entry and "tokens" in entry]
         axes.plot([start + e["minutes"] for e in trained], [e["tokens"] for e in trained], color="0.8", linewidth=0.8)
         for key, colour in (("tokens", "tab:blue"), ("answers", "tab:orange")):
             points = [start + entry["minutes"] for entry in held_out], [entry[key] for entry in held_out]

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 from nemotron_vl.configuration_nemotron_vl import NemotronVLConfig
-from nemotron_vl.image_processing import cut_tiles
 from nemotron_vl.modeling_nemotron_vl import Llama_Nemotron_Nano_VL
-from PIL import Image
+from safetensors.torch import load_file
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from documents.questions import ABSENT
 from pretraining import ROOT
 from pretraining import tokenizer as nano_tokenizer
 
 IMAGE_SIZE = 512
-# Nano's pages are drawn at reading size: no doubling, at most two tiles one above the other, no thumbnail.
-TILING = {"image_size": IMAGE_SIZE, "max_num_tiles": 2, "use_thumbnail": False, "upscale": 1}
-TOWER = {"embed_dim": 192, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+TILING = {"image_size": IMAGE_SIZE, "max_num_tiles": 2, "use_thumbnail": False, "upscale": 2}
+TOWER = {"embed_dim": 192, "depth": 5, "num_heads": 8, "mlp_ratio": 2.0}
+HEADS = Path(__file__).with_name("heads.safetensors")  # what training needs of nano and its checkpoint does not hold
 
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,10 +76,13 @@ def build_model(
     return Llama_Nemotron_Nano_VL(config).float()
 
 
-def tiles_of(images: list[Image.Image]) -> torch.Tensor:
-    """Return the tiles of images by the image processor's recipe: `(num_tiles, 3, 512, 512)`, float32 in 0..1."""
-    tiles = [tile for image in images for tile in cut_tiles(image, **TILING)]
-    return torch.stack(tiles).float() / 255
+def nano_weights() -> dict[str, torch.Tensor]:
+    """Return the weights of the checkpoint in `nano/` and its heads, under the names that the stages of training use."""
+    weights = load_file(ROOT / "nano" / "model.safetensors")
+    named = {
+        ("language." if name.startswith("language_model.") else "tower.") + name: weights[name] for name in weights
+    }
+    return named | load_file(HEADS)
 
 
 def save_nano(
@@ -99,6 +102,7 @@ def save_nano(
             settings.update(tiling)
         if name.startswith("gen"):
             settings.update(
+                absent_answer=ABSENT,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

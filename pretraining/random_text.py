@@ -3,17 +3,19 @@
 import random
 import string
 
-from documents.asking import (
+from documents.pages import Line, Page, Piece
+from documents.questions import (
+    ABSENT,
     CHECK_PHRASINGS,
     FIELD_PHRASINGS,
     LABEL_PHRASINGS,
     NAMES,
     PRICE_PHRASINGS,
     TRANSCRIBE_PHRASINGS,
-    Asker,
+    Conversation,
+    QuestionMaker,
+    Turn,
 )
-from documents.pages import Line, Page, Piece
-from documents.questions import ABSENT, Conversation, Turn
 from documents.wording import LABELS
 
 PRINTED = "".join(chr(code) for code in range(33, 127)) + "\u20ac\u00a3"
@@ -109,7 +111,7 @@ def understanding(seed: int, num_lines: int, columns: int) -> Conversation:
     The values tell nothing, so that a field has to be found by the meaning of its label.
     """
     rng = random.Random(f"understanding {seed}")
-    maker = Asker(rng, "train")
+    maker = QuestionMaker(rng, "train")
     shuffled = rng.sample(list(LABELS), len(LABELS))
     fields: list[str] = []
     for name in shuffled:

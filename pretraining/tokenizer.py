@@ -40,9 +40,9 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
     return {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def build_tokenizer(texts: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, with chat template and special tokens; it keeps the words of texts whole."""
-    vocabulary = build_vocabulary(instruction_texts() if texts is None else texts)
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer, with chat template and special tokens."""
+    vocabulary = build_vocabulary(instruction_texts())
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -8,7 +8,7 @@ Two linear heads, kept for training only, name the characters: those of a visual
 hidden layer, and those of each patch, from the tower's output. A tower learns to combine neighbouring patches very
 slowly by itself, so a new one begins as if it knew: each head of each block looks at one of the eight neighbours.
 With `--imitate` the projector's output also has to equal the cell embedding of a run of
-`pretraining.reading`, so that its language model, which has never seen an image, reads images. Strips of tiles are cheaper than whole tiles, because attention is; `--strip 32` trains on whole tiles. Minutes are those
+`pretraining.language`, so that its language model, which has never seen an image, reads images. Strips of tiles are cheaper than whole tiles, because attention is; `--strip 32` trains on whole tiles. Minutes are those
 of the processor. An interrupted run resumes from its last save when the command is repeated.
 """
 
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from documents import fonts
 from documents.contents import make_page
 from documents.distance import edit_distance
-from documents.typesetting import Look, draw, set_page
+from documents.drawing import draw
+from documents.typesetting import Look, set_page
 from pretraining.cells import NONE, NUM_CLASSES, SIDE, SPACE, cells_of, patch_classes, token_classes
 from pretraining.common import (
     Run,
@@ -40,11 +41,11 @@ from pretraining.common import (
     set_learning_rate,
     share,
 )
-from pretraining.nano import build_model
+from pretraining.language import CellEncoder, CellLanguageModel
+from pretraining.nano import TOWER, build_model
 from pretraining.random_text import random_page
-from pretraining.reading import CellEncoder, CellLanguageModel, new_tokenizer
+from pretraining.tokenizer import build_tokenizer
 
-TOWER = {"embed_dim": 192, "depth": 5, "num_heads": 8, "mlp_ratio": 2.0}
 NUM_SLOTS, NUM_PATCH_SLOTS = 4, 2
 PATCHES = 2 * SIDE  # along a tile
 TILE = 512
@@ -355,7 +356,7 @@ def sizes_of(arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = run_parser(__doc__, minutes=60, batch_size=8, muon_lr=0.02, adamw_lr=1e-3, threads=1)
     parser.add_argument("--start-from", type=Path, help="run to continue")
-    parser.add_argument("--imitate", type=Path, help="run of pretraining.reading whose cell embedding to imitate")
+    parser.add_argument("--imitate", type=Path, help="run of pretraining.language whose cell embedding to imitate")
     parser.add_argument("--strip", type=int, default=8, help="height of strips in patches of 16 px; 32: whole tiles")
     parser.add_argument("--max-num-tiles", type=int, default=2)
     parser.add_argument("--random-text", type=float, default=0.5, help="share of pages of random text")
@@ -368,7 +369,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     fonts.require("train", "heldout")
 
-    tokenizer = new_tokenizer()
+    tokenizer = build_tokenizer()
     encoder = CellEncoder(tokenizer)
     model = build_model(tokenizer, arguments.seed, sizes_of(arguments))
     tower = GlyphTower(model, looks_at_neighbours=not arguments.free_attention)

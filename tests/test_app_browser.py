@@ -155,7 +155,7 @@ def wait_for_note(tab, text: str, place: str = "#note") -> str:
 def test_an_image_is_uploaded_and_asked_about_twice(tab):
     upload(tab, RECEIPT)
     image_of(tab).wait_for()
-    assert "400 × 448 px → 1 × 1 tiles → 258 tokens, 6 % of the context" in tab.locator("#costs").inner_text()
+    assert "357 × 540 px → 1 × 2 tiles → 514 tokens, 13 % of the context" in tab.locator("#costs").inner_text()
     ask(tab, "What is the total?")
     assert "5 tokens" in wait_for_note(tab, "Confidence 99")
     assert answers(tab) == ["72.13"]
@@ -241,19 +241,23 @@ def test_fields_come_as_a_table_and_as_json(tab, tmp_path):
     tab.get_by_role("button", name="An invoice, 3 pages").click()
     image_of(tab).wait_for()
     tab.get_by_role("tab", name="Fields").click()
-    tab.locator("#wanted textarea").fill("date, total, dog")
+    tab.locator("#wanted textarea").fill("date, total, discount")
     tab.locator("#read").click()
     with tab.expect_download() as download:
         tab.locator("#download").click()
     cells = [cell.strip() for cell in tab.locator("#fields [role=gridcell]").all_inner_texts()]
     rows = [cells[start : start + 4] for start in range(0, len(cells), 4)]
-    assert [row[:2] for row in rows] == [["date", "14.03.2026"], ["total", "320.76"], ["dog", "not found"]]
+    assert [row[:2] for row in rows] == [["date", "14.03.2026"], ["total", "320.76"], ["discount", "not found"]]
     assert [row[3] for row in rows] == ["1", "3", ""] and all(row[2].endswith(" %") for row in rows)
     assert download.value.suggested_filename == "invoice.fields.json"
     download.value.save_as(tmp_path / "fields.json")
     found = json.loads((tmp_path / "fields.json").read_text(encoding="utf-8"))
-    assert found["file"] == "invoice.pdf" and found["fields"] == {"date": "14.03.2026", "total": "320.76", "dog": None}
-    assert found["values"]["total"]["page"] == 3 and 0.9 < found["values"]["total"]["confidence"] <= 1
+    assert found["file"] == "invoice.pdf" and found["fields"] == {
+        "date": "14.03.2026",
+        "total": "320.76",
+        "discount": None,
+    }
+    assert found["values"]["total"]["page"] == 3 and 0.5 < found["values"]["total"]["confidence"] <= 1
 
 
 def test_boxes_are_shown_and_a_wrong_schema_is_named(tab):
@@ -278,7 +282,7 @@ def test_stop_ends_an_answer_and_the_conversation_goes_on(tab):
     wait_for_note(tab, "Stopped")
     (stopped,) = answers(tab)
     time.sleep(1)
-    assert answers(tab) == [stopped] and "CHEQUE" not in stopped
+    assert answers(tab) == [stopped] and "Cheque" not in stopped
     ask(tab, "What is the total?")
     wait_for_note(tab, "Confidence")
     assert answers(tab)[-1] == "72.13"
@@ -298,7 +302,7 @@ def test_a_second_tab_waits_for_its_turn_and_keeps_its_own_conversation(chromium
         wait_for_note(second, "Confidence")
         assert first.locator("#note").get_by_text("Confidence").is_visible()
         assert answers(second) == ["320.76"]
-        assert len(answers(first)) == 1 and answers(first)[0].endswith("CHEQUE")
+        assert len(answers(first)) == 1 and answers(first)[0].endswith("visit")
 
 
 def test_closing_a_tab_ends_its_answer_and_the_next_one_begins(chromium, url, steps, tab):

@@ -336,9 +336,7 @@ def test_ray_data_runs(nano, tmp_path):
 @pytest.mark.slow
 def test_docling_runs(nano, tmp_path):
     needs("docling", "docling")
-    markdown = run(
-        tmp_path, sys.executable, str(CLIENTS / "docling_markdown.py"), str(nano), str(RECEIPT), "--scale", "1"
-    )
+    markdown = run(tmp_path, sys.executable, str(CLIENTS / "docling_markdown.py"), str(nano), str(RECEIPT))
     assert f"Total {ANSWER}" in [line.strip() for line in markdown.splitlines()] and "<|" not in markdown
 
 

@@ -5,10 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from documents.generator import KINDS, ROWS_PER_PAGE
-from evaluation import foreign, pages, quantized
+from evaluation import foreign, quantized
 from evaluation.nano import (
-    FURTHER_TASKS,
     TASKS,
     answer,
     batches,
@@ -22,7 +20,7 @@ from evaluation.nano import (
 
 
 def questions(count: int) -> list:
-    return [make_question(seed, tuple(KINDS)) for seed in range(count)]
+    return [make_question(seed) for seed in range(count)]
 
 
 def test_every_task_comes_in_its_share():
@@ -31,7 +29,7 @@ def test_every_task_comes_in_its_share():
 
 
 def test_a_seed_always_asks_the_same():
-    first, second = (make_question(3, tuple(KINDS)) for _ in range(2))
+    first, second = (make_question(3) for _ in range(2))
     assert first.turn == second.turn
     assert first.images[0].tobytes() == second.images[0].tobytes()
 
@@ -41,13 +39,19 @@ def test_batches_hold_equally_many_images():
         assert len({len(question.images) for question in batch}) == 1
 
 
-def test_further_tasks_come_after_the_documents_and_change_none_of_them():
-    asked = make_questions(20, tuple(KINDS))
+def test_follow_ups_come_after_the_pages_and_change_none_of_them():
+    asked = make_questions(20)
     assert [question.turn for question in asked[:20]] == [question.turn for question in questions(20)]
-    follow_up, long = asked[20:]
-    assert (follow_up.turn.task, long.turn.task) == FURTHER_TASKS
-    assert len({follow_up.turn.question, *follow_up.earlier}) == 3
-    assert long.images[0].height >= 2 * 24 * ROWS_PER_PAGE and not long.earlier
+    (last,) = asked[20:]
+    assert last.turn.task == "follow-up" and len({last.turn.question, *last.earlier}) == 3
+
+
+def test_pages_are_asked_about_in_every_task():
+    asked = questions(len(TASKS))
+    assert [question.turn.task for question in asked] == list(TASKS)
+    assert [len(question.images) for question in asked] == [
+        {"text": 0, "compare": 2}.get(question.turn.task, 1) for question in asked
+    ]
 
 
 def test_a_follow_up_is_asked_after_the_models_own_answers():
@@ -68,7 +72,7 @@ def test_a_follow_up_is_asked_after_the_models_own_answers():
         def image_processor(self, images, return_tensors):
             return {"pixel_values": len(images)}
 
-    batch = [make_question(seed, ("receipt",), "follow-up") for seed in (20, 22)]
+    batch = [make_question(seed, "follow-up") for seed in (20, 22)]
     assert answer(Model(), Processor(), batch) == ["answer 3"] * 2
     assert [text.count("<image>") for question, _ in calls for text in question] == [1, 1, 0, 0, 0, 0]
     assert [said for _, said in calls[2][1][1]] == ["answer 1", "answer 2"]
@@ -117,16 +121,6 @@ def test_formats_are_compared_question_by_question():
     plain = {"bytes": 2**21, "percent": quantized.percentages(before)}
     report = {"dtype": "float32", "formats": {quantized.PLAIN: plain, "fp8": found | sizes}}
     assert "| fp8 | 1.0 | 0.030 (0.040) | 4 | 2 | -10.0 ± 4.8 | -25.0 |" in quantized.markdown(report)
-
-
-def test_ordinary_pages_are_asked_about_in_every_task():
-    asked = [pages.make_question(seed) for seed in range(len(TASKS))]
-    assert [question.turn.task for question in asked] == list(TASKS)
-    assert [len(question.images) for question in asked] == [
-        {"text": 0, "compare": 2}.get(question.turn.task, 1) for question in asked
-    ]
-    last = pages.make_questions(20)[-1]
-    assert last.turn.task == "follow-up" and len(last.earlier) == 2
 
 
 def test_foreign_receipts_print_what_is_asked_for(monkeypatch):

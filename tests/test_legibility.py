@@ -8,7 +8,8 @@ from nemotron_vl.image_processing import Tiling
 from PIL import Image
 
 from documents.contents import make_page
-from documents.typesetting import Look, draw, set_page
+from documents.drawing import draw
+from documents.typesetting import Look, set_page
 from pretraining.cells import cells_of
 from pretraining.tower import sample_tiles
 from tools.legibility import type_height, warning

@@ -12,6 +12,8 @@ from nemotron_vl.image_processing import load_image
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
+from documents.distance import edit_distance
+from documents.example import example_page
 from pretraining.nano import TILING, build_model, load_tokenizer
 from pretraining.tokenizer import build_tokenizer
 from tools import ROOT, adopt, chat
@@ -67,9 +69,8 @@ def test_nano_reads_the_bundled_receipt(nano, receipt, capsys):
     assert conversation.ask("Who is the seller?") == "Claisaid Tools"
     assert conversation.ask("What is the VAT?") == "5.06"
     assert "72.13" in capsys.readouterr().out
-    page = "Claisaid Tools\n139 Traind Road\n059-354274\nVAT 5.06\nTotal 72.13\nNo 606543\n3 Oct 2029 06:41"
-    page += "\nVase 64.94\nFlour 2.13\nPaid by CHEQUE"
-    assert Conversation(*nano, [receipt]).ask("Transcribe the page.") == page
+    read = Conversation(*nano, [receipt]).ask("Transcribe the page.")
+    assert edit_distance(read, example_page().text) <= 0.06 * len(example_page().text)
 
 
 def test_a_batch_answers_like_single_questions(nano, receipt):
@@ -104,20 +105,20 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
     monkeypatch.setattr(chat, "choose_threads", lambda model: None)
     assert chat.main([str(RECEIPT), "--tiles", str(tmp_path / "tiles.png")]) == 0
     assert turns == [
-        ("<image>\nIs it paid?", None, 1),
-        ("And sent?", [("<image>\nIs it paid?", "Yes.")], 1),
+        ("<image>\nIs it paid?", None, 2),
+        ("And sent?", [("<image>\nIs it paid?", "Yes.")], 2),
     ]
-    assert "1 x 1 tiles -> 258 tokens" in capsys.readouterr().out
+    assert "1 x 2 tiles -> 514 tokens" in capsys.readouterr().out
     assert Image.open(tmp_path / "tiles.png").size == Image.open(RECEIPT).size
 
 
 def test_tiles_are_described_and_drawn(nano, receipt):
     processor = nano[1]
-    assert describe(processor, receipt).endswith("1 x 1 tiles -> 258 tokens")
-    tall = receipt.resize((receipt.width, 2 * receipt.height))
-    assert describe(processor, tall).endswith("1 x 2 tiles -> 514 tokens")
-    page = draw_tiles(processor.image_processor, tall)
-    assert page.size == tall.size and page.tobytes() != tall.tobytes()
+    assert describe(processor, receipt).endswith("1 x 2 tiles -> 514 tokens")
+    square = receipt.resize((receipt.width, receipt.width))
+    assert describe(processor, square).endswith("1 x 1 tiles -> 258 tokens")
+    page = draw_tiles(processor.image_processor, receipt)
+    assert page.size == receipt.size and page.tobytes() != receipt.tobytes()
 
 
 def test_files_are_shown_as_the_processor_reads_them(nano, receipt, tmp_path):

@@ -1,7 +1,5 @@
-"""The three stages of nano's training run, resume, and write a checkpoint, as docs/nano.md says."""
+"""The stages of nano's training run, resume, and write a checkpoint that answers, as docs/nano.md says."""
 
-import argparse
-import functools
 import importlib
 import json
 import os
@@ -16,25 +14,208 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
+from torch import nn
 from torch.multiprocessing import spawn
 
-from documents.drawing import require_fonts
-from documents.questions import ABSENT, verdict_of
-from evaluation import nano as evaluation
-from pretraining import common, joint, language, vision
-from pretraining.batches import Encoder
-from pretraining.common import Score, average, gradient_step, load_weights, prepare_torch
+from documents import fonts
+from documents.contents import make_page
+from documents.drawing import draw_page
+from documents.pages import Line, Page, Piece
+from documents.questions import ABSENT, Conversation, Turn
+from documents.typesetting import Look
+from pretraining import common, joint, language, tower
+from pretraining.common import Score, average, gradient_step, load_part, load_weights, prepare_torch
 from pretraining.curve import draw_curve, read_log
-from pretraining.mixture import auxiliary_batch
-from pretraining.nano import load_tokenizer
+from pretraining.language import IGNORE_INDEX, CellEncoder, CellLanguageModel, answer_loss, set_lesson
+from pretraining.muon import orthogonalize
+from pretraining.nano import HEADS, build_model, load_tokenizer, nano_weights
+from pretraining.tokenizer import build_tokenizer
+from pretraining.tower import NEIGHBOURS, PATCHES, Anchors, GlyphTower, Strips, look_at_neighbours, neighbours_of
 from tools import ROOT
 from tools.chat import load
 
-SMALL = ["--batch-size", "2", "--threads", "1"]
+FLAT = Look(narrowest=(2, 3), tilted=0.0, photographed=0.0, degradation=0.0)
 
 
-def run(stage, *arguments: str, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def encoder() -> CellEncoder:
+    return CellEncoder(build_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def looking_tower(encoder) -> GlyphTower:
+    """A new tower whose heads look at neighbours."""
+    torch.manual_seed(0)
+    made = GlyphTower(build_model(encoder.tokenizer))
+    pixels = Strips(2, 8, 0.5, encoder).batch(16, 99, Look())[0]
+    conditioned = made.vision_model.radio_model
+    patches = conditioned.model.patch_generator.patchify(conditioned.input_conditioner(pixels)).flatten(0, 1)
+    look_at_neighbours(made, patches[patches.std(-1) > 0.2])
+    return made
+
+
+def lesson_of(*lines: str, question: str = "Read the page.", answer: str = "x", tiles: int = 1):
+    page = Page("random text", 0, [Line([Piece(text)]) for text in lines])
+    return set_lesson(Conversation([page], [Turn("field", question, answer)]), [1], "train", FLAT, tiles)
+
+
+def test_a_lesson_is_the_published_prompt_with_a_cell_for_every_image_token(encoder):
+    batch = encoder.lessons([lesson_of("ab 12", answer="12")], skip_blank=False)
+    ids = batch.input_ids[0].tolist()
+    assert ids.count(encoder.image_token_id) == len(batch.cells) == 256
+    assert encoder.tokenizer.decode([i for i in ids if i != encoder.image_token_id]) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<img></img>\nRead the page.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n12<|eot_id|>"
+    )
+    labels = batch.labels[0][batch.labels[0] != IGNORE_INDEX]
+    assert encoder.tokenizer.decode(labels.tolist()) == "12<|eot_id|>"
+    assert batch.position_ids[0].tolist() == list(range(len(ids)))
+
+
+def test_without_blank_tokens_the_others_keep_their_positions(encoder):
+    lesson = lesson_of("ab 12", "cd 34", answer="12")
+    full, short = (encoder.lessons([lesson], skip_blank=skip) for skip in (False, True))
+    assert len(short.cells) == len(lesson.cells[0].glyphs) < len(full.cells)
+    kept = dict(zip(full.position_ids[0].tolist(), full.input_ids[0].tolist(), strict=True))
+    assert all(kept[p] == i for p, i in zip(short.position_ids[0].tolist(), short.input_ids[0].tolist(), strict=True))
+    assert short.position_ids[0, -1] == full.position_ids[0, -1]
+
+
+def test_a_prompt_ends_before_the_answer(encoder):
+    ids, labels, positions, _ = encoder.lesson(lesson_of("ab", answer="ab"), skip_blank=True, num_answered=0)
+    assert encoder.tokenizer.decode(ids).endswith("assistant<|end_header_id|>\n\n")
+    assert len(ids) == len(labels) == len(positions) and set(labels) == {IGNORE_INDEX}
+
+
+def test_gaps_in_the_positions_hide_nothing(encoder):
+    """The attention that transformers would choose takes gaps for the borders of packed texts."""
+    torch.manual_seed(0)
+    model = CellLanguageModel(len(encoder.tokenizer)).eval()
+    answers = []
+    for text in ("12", "34"):
+        batch = encoder.lessons([lesson_of(text, "", "zz", answer="12")], skip_blank=True)
+        assert (batch.position_ids.diff() > 1).any()
+        answers.append(model(batch, encoder)[0])
+    assert not torch.allclose(answers[0], answers[1])
+
+
+def test_words_of_questions_are_whole_and_names_of_fields_spelled(encoder):
+    known = encoder.tokenizer.get_vocab()
+    assert "\u0120altogether" in known and "\u0120gratuity" not in known
+
+
+def test_nano_answers_from_cells_as_it_does_from_images(encoder):
+    """Its heads hold the cell embedding that its tower imitates."""
+    model = CellLanguageModel(len(encoder.tokenizer)).eval()
+    load_part(model, nano_weights(), "language.")
+    lessons = [
+        lesson_of(f"Total {i}7.35", "Date 2024-05-06", question="What is the total?", answer=f"{i}7.35")
+        for i in range(9)
+    ]
+    assert language.measure(model, encoder, lessons, skip_blank=False)["tokens"] > 0.9
+
+
+def test_attention_by_rows_is_causal_attention():
+    query, key, value = torch.randn(3, 2, 4, 300, 48)
+    found, _ = language.causal_attention(None, query, key, value, None, 48**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_the_first_token_of_an_answer_may_count_more():
+    logits, labels = torch.randn(5, 10), torch.tensor([1, 2, 9, 3, 9])
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(answer_loss(logits, labels, 9, 1.0), losses.mean())
+    weights = torch.tensor([4.0, 1, 1, 4, 1])
+    torch.testing.assert_close(answer_loss(logits, labels, 9, 4.0), (weights * losses).sum() / weights.sum())
+
+
+def test_muon_orthogonalises_in_bfloat16_nearly_as_in_float32():
+    matrices = torch.randn(2, 96, 48)
+    full, half = (orthogonalize(matrices, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full.flatten(), half.flatten(), 0) > 0.999
+
+
+def test_each_head_of_a_new_tower_looks_at_one_neighbour(looking_tower):
+    model = looking_tower.vision_model.radio_model.model
+    hidden = torch.randn(1, 64 * PATCHES // 4, 192)
+    hidden[0, ::3] *= 0.01  # patches of an even grey: normalisation makes their keys long
+    hidden[..., -24:] = 0
+    rows = torch.arange(16)
+    hidden = hidden + model.patch_generator.pos_embed.view(PATCHES, PATCHES, -1)[rows].flatten(0, 1)
+    around = neighbours_of(16)
+    for block in model.blocks:
+        qkv = block.attn.qkv(block.norm1(hidden)).view(1, -1, 3, len(NEIGHBOURS), block.attn.head_dim)
+        query, key, _ = qkv.permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT * block.attn.scaling).softmax(-1)[0]
+        for head in range(len(NEIGHBOURS)):
+            seen = weights[head].gather(1, around[:, head, None]).view(16, PATCHES)
+            assert seen[1:-1, 1:-1].mean() > 0.95
+
+
+def test_gathering_neighbours_is_what_attention_does(looking_tower, encoder):
+    pixels, _, _, rows, _ = Strips(2, 8, 0.5, encoder).batch(2, 10, Look(photographed=1.0))
+    with torch.no_grad():
+        slow = looking_tower(pixels, rows)[2]
+        looking_tower.looks_at_neighbours = True
+        fast = looking_tower(pixels, rows)[2]
+        looking_tower.looks_at_neighbours = False
+    alike = torch.nn.functional.cosine_similarity(slow.flatten(2), fast.flatten(2), dim=-1).unflatten(1, (8, PATCHES))
+    assert alike[:, 3:-3, 3:-3].mean() > 0.97  # at the edges heads that look outside see something else
+
+
+def test_anchored_weights_are_restored_and_others_learn(looking_tower):
+    anchors = Anchors(looking_tower)
+    before = {name: weight.clone() for name, weight in looking_tower.named_parameters()}
+    with torch.no_grad():
+        for weight in looking_tower.parameters():
+            weight += 1
+    anchors.restore()
+    after = dict(looking_tower.named_parameters())
+    qkv = next(name for name in after if name.endswith("blocks.1.attn.qkv.weight"))
+    assert torch.equal(after[qkv][:384], before[qkv][:384])
+    assert torch.equal(after[qkv][384:], before[qkv][384:] + 1)
+    with torch.no_grad():
+        for name, weight in looking_tower.named_parameters():
+            weight.copy_(before[name])
+
+
+def test_strips_hold_the_characters_that_stand_in_them(encoder):
+    pixels, tokens, patches, rows, cells = Strips(2, 8, 0.0, encoder).batch(6, 3, FLAT)
+    assert pixels.shape == (6, 3, 128, 512) and tokens.shape == (6, 64, 4) and patches.shape == (6, 256, 2)
+    assert cells.shape == (6, 64, language.NUM_SLOTS + 3) and (rows % 2 == 0).all()
+    space = encoder.glyphs[" "]
+    is_printed = (cells[..., 0] != space).flatten()
+    darkness = pixels.mean(1).unfold(1, 32, 32).unfold(2, 32, 32).flatten(3).std(-1).flatten()
+    assert darkness[is_printed].mean() > 5 * darkness[~is_printed].mean()
+
+
+def test_what_stands_on_a_page_is_spelled_and_what_does_not_is_said_in_words(encoder):
+    tokens_of = lambda text: encoder.tokenizer.convert_ids_to_tokens(encoder.answer(text))  # noqa: E731
+    assert tokens_of("Total 5\nTo") == ["T", "o", "t", "a", "l", "\u0120", "5", "\u010a", "T", "o"]
+    assert tokens_of("<tr><td>No</td></tr>") == ["<tr>", "<td>", "N", "o", "</td>", "</tr>"]
+    assert tokens_of("1. The first.") == ["1", ".", "\u0120", "T", "h", "e", "\u0120first", "."]
+    assert encoder.answer("\u00e9") == encoder.encode("\u00e9")  # on no drawn page
+    assert encoder.answer(ABSENT) == encoder.encode(ABSENT)
+
+
+def test_training_prompts_equal_the_chat_template(encoder):
+    turns = [Turn("field", "What is the total?", "1.25"), Turn("absent", "The date?", "Not in the document.")]
+    lesson = set_lesson(
+        Conversation([Page("receipt", 0, [Line([Piece("Total 1.25")])])], turns), [1], "train", FLAT, 1
+    )
+    messages = []
+    for index, turn in enumerate(turns):
+        messages.append({"role": "user", "content": ("<image>\n" if index == 0 else "") + turn.question})
+        messages.append({"role": "assistant", "content": turn.answer})
+    text = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+    image = "<img>" + "<image>" * 256 + "</img>"
+    ids = encoder.lesson(lesson, skip_blank=False)[0]
+    assert encoder.tokenizer.decode(ids) == text.replace("<image>", image)
+
+
+def run(stage, *arguments, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", [stage.__name__, *map(str, arguments)])
     stage.main()
 
@@ -43,23 +224,28 @@ def state(output: Path) -> dict:
     return json.loads((output / "state.json").read_text())
 
 
+def last_measured(folder: Path) -> dict:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry.get("held out")][-1]
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure on few held-out pages; restore the number of threads and the handling of denormals afterwards."""
+    """Measure on few held-out pages; restore the number of threads and the handling of denormals afterwards.
+
+    Whether a stage runs does not depend on the typefaces.
+    """
     num_threads = torch.get_num_threads()
-    monkeypatch.setattr(joint, "measure", functools.partial(joint.measure, num_batches=1))
-    monkeypatch.setattr(vision, "measure", functools.partial(vision.measure, num_pages=2))
+    monkeypatch.setattr(fonts, "require", lambda *splits: None)
+    for stage, place in ((language, 2), (tower, 1), (joint, 2)):
+
+        def measure(*given, whole=stage.measure, place=place, **options):
+            return whole(*given[:place], given[place][:2], *given[place + 1 :], **options)
+
+        monkeypatch.setattr(stage, "measure", measure)
     yield monkeypatch
     torch.set_flush_denormal(False)
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def fonts():
-    try:
-        require_fonts()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def test_answers_are_counted_token_by_token_and_as_a_whole():
@@ -86,10 +272,10 @@ def test_a_share_is_from_0_to_1(capsys):
     assert "40 is no share" in capsys.readouterr().err
 
 
-def test_joint_training_needs_both_earlier_stages(tmp_path, capsys, monkeypatch):
+def test_joint_training_needs_both_earlier_stages_or_none(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run(joint, "--output", tmp_path, "--language", tmp_path, monkeypatch=monkeypatch)
-    assert "--language and --vision" in capsys.readouterr().err
+    assert "--language and --tower" in capsys.readouterr().err
 
 
 def test_one_process_averages_nothing():
@@ -114,33 +300,11 @@ def test_a_part_of_a_larger_model_can_be_loaded(tmp_path):
         load_weights(alone, tmp_path / "model.safetensors")
 
 
-def test_auxiliary_batches_are_small_and_hold_their_task():
-    arguments = argparse.Namespace(auxiliary=12)
-    auxiliary_batches = [auxiliary_batch(step, arguments) for step in range(60)]
-    counts = {"verdicts on words": 12, "verdicts on lists": 6, "verdicts on documents": 2}
-    counts |= {"values before names": 4, "copying": 2}
-    assert {name: len(conversations) for name, conversations in auxiliary_batches} == counts
-    for name, conversations in auxiliary_batches:
-        for conversation in conversations:
-            if name == "values before names":
-                lines = [line.strip() for line in conversation.documents[0].lines if line]
-                values = [turn.answer for turn in conversation.turns if turn.answer != ABSENT]
-                above = {line: caption for line, caption in pairwise(lines) if re.fullmatch(r"[\W_].+[\W_]", caption)}
-                assert values and all(v in above or any(line.startswith(f"{v} ") for line in lines) for v in values)
-            elif name == "copying":
-                assert [turn.answer for turn in conversation.turns] == [conversation.documents[0].text]
-            else:
-                assert all(turn.answer == f"{turn.given} {verdict_of(turn.answer)}" for turn in conversation.turns)
-                assert bool(conversation.documents) == (name != "verdicts on words")
-    assert auxiliary_batches[0] == auxiliary_batch(0, arguments) != auxiliary_batch(1, arguments)
-
-
 def learn_a_half(rank: int, folder: Path, port: int, steps: int = 3) -> None:
     """One of two processes: learn from one half of the batch and save."""
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     prepare_torch(1)
     save_file(two_layers_after(steps, half=rank), folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def two_layers_after(steps: int, half: int | None = None) -> dict[str, torch.Tensor]:
@@ -167,61 +331,39 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_first_stage_learns_and_goes_on(tmp_path, quick):
-    command = ["--output", tmp_path, *SMALL, "--random-pages", 0.5, "--lookups", 0.5, "--skip-blank-rows"]
-    command += ["--auxiliary", 6]
-    run(language, *command, "--minutes", 0.02, monkeypatch=quick)
-    before = state(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    run(language, *command, "--minutes", before["minutes"] + 0.02, "--freeze-glyph-embedding", monkeypatch=quick)
+def test_what_the_tower_imitates_stays_when_it_is_frozen(tmp_path, quick):
+    small = ("--output", tmp_path, "--batch-size", "2", "--exercises", 0.5)
+    run(language, *small, "--minutes", 0.02, monkeypatch=quick)
+    before, weights = state(tmp_path), load_file(tmp_path / "model.safetensors")
+    run(language, *small, "--minutes", before["minutes"] + 0.02, "--freeze-cells", monkeypatch=quick)
     after = load_file(tmp_path / "model.safetensors")
     assert state(tmp_path)["step"] > before["step"] > 0
     assert weights.keys() == after.keys()
     frozen = {name for name in after if torch.equal(weights[name], after[name])}
-    assert frozen == {name for name in after if name.startswith("glyph_embedding.")}
+    assert frozen == {name for name in after if name.startswith("cell_embedding.")}
     embedding = next(name for name in after if "embed_tokens" in name)
     moved = (weights[embedding] != after[embedding]).any(1)
-    glyphs = list(Encoder(load_tokenizer()).glyphs.values())
-    assert not moved[glyphs].any()
+    assert not moved[list(CellEncoder(build_tokenizer()).glyphs.values())].any()
     assert moved[load_tokenizer().convert_tokens_to_ids("<|eot_id|>")]
-    heldout = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
-    assert heldout["held out"] and 0 <= heldout["answers"] <= heldout["tokens"] <= 1
+    assert 0 <= last_measured(tmp_path)["answers"] <= last_measured(tmp_path)["tokens"] <= 1
 
 
 @pytest.mark.slow
-def test_nano_goes_on_learning_and_is_written(tmp_path, quick, fonts):
-    heads = (ROOT / "pretraining" / "heads.safetensors").read_bytes()
-    command = ["--output", tmp_path / "run", *SMALL, "--glyph-ids", 0.5, "--noise", 0.1, "--freeze-vision"]
-    run(joint, *command, "--start-from", ROOT / "nano", "--minutes", 0.05, "--long", 0, monkeypatch=quick)
-    first_measured = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+def test_nano_goes_on_learning_and_is_written(tmp_path, quick):
+    heads = HEADS.read_bytes()
+    command = ["--output", tmp_path / "run", "--batch-size", "2", "--cells", 0.5, "--freeze-tower"]
+    run(joint, *command, "--minutes", 0.05, monkeypatch=quick)
+    first_measured = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[1])
     assert first_measured["step"] == 0
-    assert first_measured["tokens"] > 0.8  # it began with what nano knows
+    assert first_measured["tokens"] > 0.6  # it began with what nano knows
     run(joint, *command, "--export", tmp_path / "nano", monkeypatch=quick)
     before = load_file(ROOT / "nano" / "model.safetensors")
     after = load_file(tmp_path / "nano" / "model.safetensors")
     assert before.keys() == after.keys()
     moved = {name for name in after if not torch.equal(before[name], after[name])}
-    assert moved
-    assert all(name.startswith("language_model.") for name in moved)
-    assert len(load_tokenizer()) == after["language_model.model.embed_tokens.weight"].shape[0]
-    assert (ROOT / "pretraining" / "heads.safetensors").read_bytes() == heads  # those of nano stay
-    command[1] = tmp_path / "more"
-    run(joint, *command, "--start-from", tmp_path / "nano", "--minutes", 0.01, monkeypatch=quick)
-    assert state(tmp_path / "more")["step"] > 0
-
-
-@pytest.mark.slow
-def test_the_second_stage_imitates_the_first_and_can_be_continued(tmp_path, quick, fonts):
-    run(language, "--output", tmp_path / "language", *SMALL, "--minutes", 0.01, monkeypatch=quick)
-    command = ["--output", tmp_path / "vision", *SMALL, "--language", tmp_path / "language"]
-    run(vision, *command, "--minutes", 0.02, monkeypatch=quick)
-    heldout = [json.loads(line) for line in (tmp_path / "vision" / "log.jsonl").read_text().splitlines()][-1]
-    assert heldout["held out"] and 0 <= heldout["glyphs"] <= 1
-    command += ["--output", tmp_path / "more", "--start-from", tmp_path / "vision"]
-    quick.setattr(vision, "gradient_step", lambda model, loss, optimizers: None)  # saves the weights it starts with
-    run(vision, *command, "--minutes", 0.01, monkeypatch=quick)
-    first, more = (load_file(tmp_path / name / "model.safetensors") for name in ("vision", "more"))
-    assert first.keys() == more.keys() and all(torch.equal(first[name], more[name]) for name in first)
+    assert moved and all(name.startswith("language_model.") for name in moved)
+    assert HEADS.read_bytes() == heads  # those of nano stay
+    assert load_file(tmp_path / "nano-heads.safetensors").keys() == load_file(HEADS).keys()
 
 
 @pytest.mark.slow
@@ -230,26 +372,34 @@ def test_the_commands_of_the_manual_train_and_evaluate_nano(tmp_path, quick):
     text = (ROOT / "docs" / "nano.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert [command[:2] for command in commands] == [["python", "-m"]] * 10
+    assert {tuple(command[:2]) for command in commands} == {("python", "-m")}
     (tmp_path / "nano").symlink_to(ROOT / "nano")
     quick.chdir(tmp_path)
-    for stage in (vision, joint, evaluation):  # whether a command runs does not depend on the fonts
-        quick.setattr(stage, "require_fonts", lambda *split: None)
     for _, _, module, *arguments in commands:
         if "--minutes" in arguments:
             arguments[arguments.index("--minutes") + 1] = "0.01"
             arguments += ["--batch-size", "2"]
         if "--documents" in arguments:
             arguments[arguments.index("--documents") + 1] = "20"
+        if "--receipts" in arguments:
+            arguments[arguments.index("--receipts") + 1] = "2"
         if module != "tools.adopt":
             arguments += ["--threads", "1"]
         run(importlib.import_module(module), *arguments, monkeypatch=quick)
     logs = sorted(path.parent.name for path in (tmp_path / "runs").glob("*/log.jsonl"))
-    assert logs == ["documents", "joint", "joint-2", "more", "random-pages", "vision", "vision-2"]
-    assert all(state(tmp_path / "runs" / name)["step"] > 0 for name in logs)
-    assert len(json.loads((tmp_path / "runs" / "nano.json").read_text())["answers"]) == 22
-    model, _ = load(tmp_path / "runs" / "nano")
+    assert logs and all(state(tmp_path / "runs" / name)["step"] > 0 for name in logs)
+    assert len(json.loads((tmp_path / "runs" / "nano.json").read_text())["answers"]) == 21
+    model, processor = load(tmp_path / "runs" / "nano")
     assert model.state_dict().keys() >= load_file(ROOT / "nano" / "model.safetensors").keys()
+    image = draw_page(make_page(3, "heldout", "receipt"), 3, "heldout", FLAT)
+    features = processor.image_processor([image], return_tensors="pt")
+    question = "<image>\nWhat is the total?"
+    answer = model.chat(processor.tokenizer, question=question, generation_config={"max_new_tokens": 4}, **features)
+    assert isinstance(answer, str)
+    # the checkpoint sees what training saw
+    trained = load_file(tmp_path / "runs" / "joint" / "model.safetensors")
+    name = "vision_model.radio_model.model.blocks.0.attn.qkv.weight"
+    assert torch.equal(model.state_dict()[name].float(), trained[f"tower.{name}"])
 
 
 def test_the_curve_of_several_runs_is_drawn(tmp_path):

@@ -45,7 +45,7 @@ def test_a_pdf_gives_the_text_of_images_of_its_pages(tmp_path):
             render_page(document[index], nano.tiling).save(tmp_path / f"{index}.png")
     pages, images = read(INVOICE, InProcess(nano)), read(tmp_path, InProcess(nano))
     assert [row["answer"] for row in pages] == [row["answer"] for row in images]
-    assert [row["page"] for row in pages] == [1, 2, 3] and pages[2]["answer"].splitlines()[2] == "Total 320.76"
+    assert [row["page"] for row in pages] == [1, 2, 3] and pages[2]["answer"].splitlines()[2].endswith(" 320.76")
 
 
 def test_pages_are_chosen_in_every_document_and_those_that_one_lacks_are_left_out(tmp_path):
