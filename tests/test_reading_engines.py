@@ -261,12 +261,14 @@ def test_many_documents_are_read_as_single_calls_read_them_and_in_flat_memory(na
             memory[num_rows(out)] = int(status.split("VmRSS:")[1].split()[0]) / 1000
         time.sleep(0.02)
     assert process.returncode == 0
-    read_here = answers([json.loads(line) for line in (out / "pages.jsonl").read_text(encoding="utf-8").splitlines()])
+    rows = [json.loads(line) for line in (out / "pages.jsonl").read_text(encoding="utf-8").splitlines()]
+    read_here = {row["file"]: row["answer"] for row in rows if row["status"] in ("read", "looped")}
     single = {
         str(path): nano.model.chat(
             nano.processor,
             question="Transcribe the page.",
             generation_config={"max_new_tokens": 400, "do_sample": False},
+            stop_loops=True,
             **nano.processor.image_processor(Image.open(path), return_tensors="pt"),
         )
         for path in sorted(folder.iterdir())
@@ -274,7 +276,7 @@ def test_many_documents_are_read_as_single_calls_read_them_and_in_flat_memory(na
     assert read_here == single
     texts = [drawn(seed).text for seed in range(number)]
     errors = sum(map(edit_distance, single.values(), texts)) / sum(map(len, texts))
-    assert errors < 0.2  # equal answers that read nothing would show nothing
+    assert errors < 0.4  # equal answers that read nothing would show nothing
     early = max(megabytes for pages, megabytes in memory.items() if number // 8 <= pages <= number // 2)
     late = max(megabytes for pages, megabytes in memory.items() if number // 2 < pages < number)
     assert late < early + 20, memory
