@@ -192,7 +192,7 @@ def test_pages_of_a_pdf_are_chosen_and_shown(tab):
     upload(tab, INVOICE)
     image_of(tab).wait_for()
     costs = tab.locator("#costs")
-    assert "Page 1 of 3" in costs.inner_text() and "The pages 1-3 together: 774 tokens" in costs.inner_text()
+    assert "Page 1 of 3" in costs.inner_text() and "The pages 1-3 together: 1,542 tokens" in costs.inner_text()
     tab.locator("#index input").click()
     tab.get_by_role("option", name="3").click()
     costs.get_by_text("Page 3 of 3").wait_for()
