@@ -102,6 +102,11 @@ def room_for_answer(backend: Backend, prompt: str, num_tiles: int, task: Task) -
     return min(task.max_new_tokens, backend.window - num_tokens)
 
 
+def without_end(tokens: list[Any], finish_reason: str) -> list[Any]:
+    """Return the tokens that spell an answer of vLLM, which lists the one that ends it, too."""
+    return tokens[:-1] if finish_reason == "stop" else tokens
+
+
 def finished_answer(
     backend: Any, text: str, num_tokens: int, finish_reason: str, task: Task, probabilities: Any = None
 ) -> Answer:
@@ -268,7 +273,7 @@ class VLLM:
             return fields_answer(page_values(output.text, 1, output.finish_reason, num_tokens), num_tokens)
         probabilities = None
         if task.confidence:
-            chosen = zip(output.token_ids, output.logprobs, strict=True)
+            chosen = without_end(list(zip(output.token_ids, output.logprobs, strict=True)), output.finish_reason)
             probabilities = [math.exp(logprobs[token].logprob) for token, logprobs in chosen]
         return finished_answer(self, output.text, num_tokens, output.finish_reason, task, probabilities)
 
@@ -340,7 +345,9 @@ class ChatServer:
             return fields_answer(page_values(text, 1, choice.finish_reason, num_tokens), num_tokens)
         probabilities = None
         if task.confidence:
-            probabilities = [math.exp(token.logprob) for token in choice.logprobs.content]
+            chosen = choice.logprobs.content
+            chosen = without_end(chosen, choice.finish_reason) if self.is_vllm else chosen
+            probabilities = [math.exp(token.logprob) for token in chosen]
         return finished_answer(self, text, num_tokens, choice.finish_reason, task, probabilities)
 
 
