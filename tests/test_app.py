@@ -17,8 +17,8 @@ import transformers
 from PIL import Image
 
 from tools import ROOT, app, space
-from tools.chat import load
-from tools.session import BOXES, PAGE, TILES, Reader, Session, fields_of_text, percent, shown, words_of
+from tools.chat import load, percent
+from tools.session import BOXES, PAGE, TILES, Reader, Session, fields_of_text, shown, words_of
 
 RECEIPT = ROOT / "examples" / "receipt.png"
 INVOICE = ROOT / "examples" / "invoice.pdf"

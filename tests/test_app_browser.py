@@ -257,7 +257,7 @@ def test_fields_come_as_a_table_and_as_json(tab, tmp_path):
         "total": "320.76",
         "discount": None,
     }
-    assert found["values"]["total"]["page"] == 3 and 0.5 < found["values"]["total"]["confidence"] <= 1
+    assert found["values"]["total"]["page"] == 3 and 0.8 < found["values"]["total"]["confidence"] <= 1
 
 
 def test_boxes_are_shown_and_a_wrong_schema_is_named(tab):

@@ -39,7 +39,7 @@ def test_light_type_on_dark_paper_is_seen_as_well():
 
 def test_an_empty_page_has_no_type():
     assert type_height(torch.ones(1, 3, 512, 512)) is None
-    assert "printed pages only" in warning(model([15, 70]), TILING, Image.new("RGB", (300, 400), "white"))
+    assert "far smaller than 15 px" in warning(model([15, 70]), TILING, Image.new("RGB", (300, 400), "white"))
 
 
 def test_small_type_is_named_with_what_to_do():

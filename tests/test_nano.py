@@ -73,6 +73,20 @@ def test_nano_reads_the_bundled_receipt(nano, receipt, capsys):
     assert edit_distance(read, example_page().text) <= 0.06 * len(example_page().text)
 
 
+def test_a_page_at_an_angle_is_answered_with_low_confidence(nano, receipt):
+    """The size of type says nothing of it, and most answers are that there is no such thing."""
+    questions = ("What is the total?", "Who is the seller?", "What is the date?", "What is the receipt number?")
+    confidences = []
+    for degrees in (0, 15):
+        turned = receipt.rotate(degrees, Image.Resampling.BICUBIC, expand=True, fillcolor="white")
+        conversation = Conversation(*nano, [turned])
+        for question in questions:
+            conversation.history = None
+            conversation.ask(question)
+            confidences.append(conversation.confidence)
+    assert sum(confidences[:4]) / 4 > 0.8 > 0.6 > sum(confidences[4:]) / 4
+
+
 def test_a_batch_answers_like_single_questions(nano, receipt):
     model, processor = nano
     features = processor.image_processor([receipt, receipt], return_tensors="pt")
@@ -90,7 +104,7 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
 
         def chat(self, processor, question, history, **options):
             turns.append((question, history, len(options["pixel_values"])))
-            return "Yes.", [*(history or []), (question, "Yes.")]
+            return "Yes.", [*(history or []), (question, "Yes.")], 0.25
 
     typed = iter(["Is it paid?", "And sent?"])
 
@@ -108,7 +122,8 @@ def test_typed_questions_are_turns_of_one_conversation(nano, monkeypatch, capsys
         ("<image>\nIs it paid?", None, 2),
         ("And sent?", [("<image>\nIs it paid?", "Yes.")], 2),
     ]
-    assert "1 x 2 tiles -> 514 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 x 2 tiles -> 514 tokens" in said and said.count("(confidence 25.0 %)") == 2
     assert Image.open(tmp_path / "tiles.png").size == Image.open(RECEIPT).size
 
 

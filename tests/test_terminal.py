@@ -189,7 +189,7 @@ class Slow:
         self.turns.append((question, history))
         if "long" in question:
             raise KeyboardInterrupt
-        return "Yes.", [*(history or []), (question, "Yes.")]
+        return "Yes.", [*(history or []), (question, "Yes.")], 0.25
 
 
 def test_ctrl_c_in_an_answer_ends_the_answer_and_not_the_chat(monkeypatch, capsys):

@@ -5,9 +5,10 @@
     python -m tools.chat page.png other.png --model ../my-checkpoint --tiles tiles.png
 
 Images, PDFs, TIFFs of several pages and animated images can be given; every page is an image. The command prints how
-each is cut into tiles and how many tokens it costs, and streams the answer. Without `--question` it asks for questions
-until one is empty; Ctrl-C ends an answer, and between answers the chat. `--tiles` writes the first page with its tiles
-drawn over it.
+each is cut into tiles and how many tokens it costs, streams the answer, and adds its confidence (docs/fields.md says
+what that is). Low ones often show a page that the model cannot read. Without `--question` it asks for questions until
+one is empty; Ctrl-C ends an answer, and between answers the chat. `--tiles` writes the first page with its tiles drawn
+over it.
 """
 
 import argparse
@@ -120,6 +121,7 @@ class Conversation:
         self.num_images = len(images)
         self.max_new_tokens = max_new_tokens
         self.history: list[tuple[str, str]] | None = None
+        self.confidence: float | None = None  # of the last answer, as `chat()` returns it
 
     @torch.no_grad()
     def ask(self, question: str) -> str:
@@ -127,16 +129,24 @@ class Conversation:
         if self.history is None:
             question = "<image>\n" * self.num_images + question
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answer, self.history = self.model.chat(
+        answer, self.history, self.confidence = self.model.chat(
             self.processor,
             question=question,
             generation_config={"max_new_tokens": self.max_new_tokens, "do_sample": False},
             history=self.history,
             return_history=True,
+            return_confidence=True,
             streamer=streamer,
             **self.features,
         )
         return answer
+
+
+def percent(confidence: float | None) -> str:
+    """Return a confidence for people; only 1 is written as 100 %."""
+    if confidence is None:
+        return ""
+    return "100 %" if confidence == 1 else f"{min(100 * confidence, 99.9):.1f} %"
 
 
 def typed_questions() -> Iterator[str]:
@@ -190,9 +200,11 @@ def main(argv: list[str] | None = None) -> int:
     for question in arguments.question or ():
         print(f"> {question}")
         conversation.ask(question)
+        print(f"(confidence {percent(conversation.confidence)})")
     for question in () if arguments.question else typed_questions():
         try:
             conversation.ask(question)
+            print(f"(confidence {percent(conversation.confidence)})")
         except KeyboardInterrupt:
             print("\n(The answer was stopped; the chat goes on as if it had not been asked for.)")
         except ValueError as error:  # a prompt beyond the context, for example

@@ -2,8 +2,8 @@
 
     python -m tools.demo [CHECKPOINT] [--document FILE]
 
-It shows how the image is cut into tiles and how many tokens it costs, streams two answers, and writes the image with
-its tiles drawn over it.
+It shows how the image is cut into tiles and how many tokens it costs, streams two answers with their
+confidence, and writes the image with its tiles drawn over it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 from nemotron_vl.pictures import open_document
 
 from . import ROOT
-from .chat import Conversation, describe, draw_tiles, drawn, load
+from .chat import Conversation, describe, draw_tiles, drawn, load, percent
 from .command_line import command_parser
 from .legibility import warning
 from .threads import choose_threads
@@ -42,7 +42,7 @@ def run(checkpoint: Path, image: Any, tiles: Path, max_num_tiles: int | None = N
         started = time.monotonic()
         print(f"Question: {question}\nAnswer:   ", end="", flush=True)
         answers.append(conversation.ask(question))
-        print(f"          ({time.monotonic() - started:.1f} s)")
+        print(f"          ({time.monotonic() - started:.1f} s, confidence {percent(conversation.confidence)})")
     return answers
 
 

@@ -28,7 +28,10 @@ def warning(model: Any, tiling: Tiling, image: Image.Image) -> str | None:
         return None
     height = type_height(torch.stack(cut_tiles(image.convert("RGB"), tiling, use_thumbnail=False)).float() / 255)
     if height is None:
-        return "No lines of type are seen on this image; this model reads printed pages only."
+        return (
+            f"No lines of type are seen on this image, or they are far smaller than {limits[0]} px in the tiles. This model "
+            "reads printed pages only: answers will be wrong."
+        )
     if limits[0] <= height <= limits[1]:
         return None
     size = "small" if height < limits[0] else "large"

@@ -24,7 +24,7 @@ from nemotron_vl.reading.inputs import file_digest
 from PIL import Image
 from transformers import StoppingCriteria
 
-from .chat import QUESTION_TOKENS, describe, draw_tiles, drawn
+from .chat import QUESTION_TOKENS, describe, draw_tiles, drawn, percent
 from .command_line import sentence_of
 from .legibility import warning
 
@@ -390,13 +390,6 @@ def words_of(error: BaseException, path: str | Path) -> str:
 def share(num_tokens: int, window: int) -> str:
     """Return a number of tokens as a share of the context, for people."""
     return f"{100 * num_tokens / window:.0f} % of the context"
-
-
-def percent(confidence: float | None) -> str:
-    """Return a confidence for people; only 1 is written as 100 %."""
-    if confidence is None:
-        return ""
-    return "100 %" if confidence == 1 else f"{min(100 * confidence, 99.9):.1f} %"
 
 
 def shown(value: Any) -> str:
